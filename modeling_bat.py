@@ -1,0 +1,441 @@
+"""BAT, the Better Audio Transformer: a self-supervised ViT-B/16 with gated attention on log-mel pictures.
+
+Paper: https://arxiv.org/abs/2602.16305 (ICML 2026).
+
+Shapes: B clips, T frames, M mel bands, D width, H heads, L blocks, C chunks; t = T/16 time patches and f = M/16 mel
+patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_bat import BatConfig
+
+
+@dataclass
+class BatModelOutput(ModelOutput):
+    """Output of `BatModel`.
+
+    Args:
+        last_hidden_state: (B, 1 + N, D), CLS first, then the patch tokens in time-major order.
+        pooler_output: (B, D), the CLS token, averaged over the chunks of a long input.
+        patch_tokens: (B, D, t, f), the patch tokens as a picture over time and mel; a view of `last_hidden_state`.
+        hidden_states: L + 1 tensors (B, 1 + N, D), the embedded tokens and the output of each block.
+        attentions: L tensors (B, H, S, S), or (B*C, H, S, S) with the chunks of each clip in a row when the input is
+            longer than one chunk; a shorter last chunk is zero-padded to the others' size.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    patch_tokens: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def sincos_position_table(width: int, rows: int, columns: int) -> torch.Tensor:
+    """Fixed 2-D sin-cos positions of a grid flattened row by row: (rows*columns, width), float32.
+
+    The first half of the width encodes the column, the second half the row, each as [sin, cos].
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]
+    return torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], dim=1).float()
+
+
+class BatPatchEmbed(nn.Module):
+    def __init__(self, config: BatConfig):
+        super().__init__()
+        patch = tuple(config.patch_size)
+        self.proj = nn.Conv2d(1, config.hidden_size, kernel_size=patch, stride=patch)
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        return self.proj(input_features).flatten(2).transpose(1, 2)  # (B, 1, T, M) -> (B, D, t, f) -> (B, N, D)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)  # (B, H, S, S)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights  # (B, S, H, D/H)
+
+
+class BatAttention(nn.Module):
+    """Multi-head self-attention whose merged heads are gated by the block's input (paper section 3)."""
+
+    def __init__(self, config: BatConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size) if config.use_gate else None
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))  # (B, S, 3, H, D/H)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D/H)
+
+        # Only the eager function returns the weights, so it serves every call that asks for them. Item access works on
+        # Transformers 4 and 5; 5 looks for the words ALL_ATTENTION_FUNCTIONS.get_interface( in this file.
+        attention_function = eager_attention_forward
+        if self.config._attn_implementation != "eager" and not output_attentions:
+            attention_function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        context, weights = attention_function(
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            is_causal=False,
+        )
+        context = context.flatten(2)  # (B, S, D)
+        if self.gate is not None:
+            context = context * self.gate(hidden_states).sigmoid()
+        return self.proj(context), weights if output_attentions else None
+
+
+class BatMLP(nn.Module):
+    def __init__(self, config: BatConfig):
+        super().__init__()
+        hidden_features = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+
+
+class BatLayerScale(nn.Module):
+    def __init__(self, config: BatConfig):
+        super().__init__()
+        self.init_value = config.init_scale_values
+        self.s = nn.Parameter(torch.full((config.hidden_size,), float(self.init_value)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.s
+
+
+class BatDropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole branch of a sample and scales the kept ones up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        scale = hidden_states.new_ones(hidden_states.shape[0], 1, 1)
+        return hidden_states * nn.functional.dropout(scale, self.rate)
+
+
+class BatBlock(GradientCheckpointingLayer):
+    def __init__(self, config: BatConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        use_layer_scale = config.init_scale_values is not None
+        self.layer_norm_first = config.layer_norm_first
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = BatAttention(config)
+        self.ls1 = BatLayerScale(config) if use_layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BatMLP(config)
+        self.ls2 = BatLayerScale(config) if use_layer_scale else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = BatDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, D) -> (B, S, D) and the attention weights (B, H, S, S) when asked for."""
+        x = hidden_states
+        if self.layer_norm_first:
+            context, weights = self.attn(self.norm1(x), output_attentions)
+            x = x + self.drop_path(self.ls1(self.dropout(context)))
+            x = x + self.drop_path(self.ls2(self.dropout(self.mlp(self.norm2(x)))))
+        else:
+            context, weights = self.attn(x, output_attentions)
+            x = self.norm1(x + self.drop_path(self.ls1(self.dropout(context))))
+            x = self.norm2(x + self.drop_path(self.ls2(self.dropout(self.mlp(x)))))
+        return x, weights
+
+
+class BatPreTrainedModel(PreTrainedModel):
+    config_class = BatConfig
+    base_model_prefix = "bat"
+    main_input_name = "input_features"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BatBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        def initialize(tensor: torch.Tensor | None, fill, *args):
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # set on loaded weights
+                fill(tensor, *args)
+
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            initialize(module.weight, nn.init.xavier_uniform_)
+            initialize(module.bias, nn.init.zeros_)
+        elif isinstance(module, nn.LayerNorm):
+            initialize(module.weight, nn.init.ones_)
+            initialize(module.bias, nn.init.zeros_)
+        elif isinstance(module, BatLayerScale):
+            initialize(module.s, nn.init.constant_, module.init_value)
+        elif isinstance(module, BatModel):
+            initialize(module.cls_token, nn.init.normal_, 0.0, 0.02)
+            initialize(module.pos_embed, torch.Tensor.copy_, module.position_table())
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # Transformers 4
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
+            """As in Transformers 5: non-reentrant by default, so that blocks behind frozen embeddings get gradients."""
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        strict: bool = True,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As in Transformers, but a checkpoint that does not hold exactly the model's weights is an error.
+
+        Args:
+            strict: False loads what fits, leaves the rest at its initial values, and only warns.
+            output_loading_info: also return the dict of missing, unexpected and misshapen weights.
+            ignore_mismatched_sizes: leave weights of another shape at their initial values.
+
+        Raises:
+            ValueError: weights are missing, unexpected or misshapen; the message lists them.
+        """
+        # Mismatched sizes are let through here so that one error can list every kind of problem.
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        misshapen = sorted(f"{name} {tuple(got)}, not {tuple(want)}" for name, got, want in info["mismatched_keys"])
+        problems = {
+            "missing": sorted(info["missing_keys"]) if strict else [],
+            "unexpected": sorted(info["unexpected_keys"]) if strict else [],
+            "misshapen": misshapen if strict and not ignore_mismatched_sizes else [],
+        }
+        if any(problems.values()):
+            listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path} does not hold the weights of this "
+                f"{cls.__name__}:{listing}\nIs it a BAT checkpoint, and does its config.json belong to it? "
+                "from_pretrained(..., strict=False) loads what fits and leaves the rest untrained."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class BatModel(BatPreTrainedModel):
+    """The BAT encoder: log-mel features in, one CLS token and a picture of patch tokens out."""
+
+    def __init__(self, config: BatConfig):
+        super().__init__(config)
+        time_patches, mel_patches = config.grid_size
+        self.patch_embed = BatPatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        pos_embed = torch.zeros(1, time_patches * mel_patches, config.hidden_size)
+        if config.pos_trainable:
+            self.pos_embed = nn.Parameter(pos_embed)
+        else:  # a buffer, because Transformers 5 unfreezes every parameter that it loads
+            self.register_buffer("pos_embed", pos_embed)
+        self.pre_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        )
+        last = max(config.num_hidden_layers - 1, 1)
+        self.blocks = nn.ModuleList(
+            BatBlock(config, drop_path_rate=config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def position_table(self) -> torch.Tensor:
+        """The published position table (1, t*f, D).
+
+        Quirk of the published weights: the table's grid is mel-major while the tokens are time-major, so row p holds
+        the position of mel patch p // t and time patch p % t. The weights were trained with it.
+        """
+        time_patches, mel_patches = self.config.grid_size
+        return sincos_position_table(self.config.hidden_size, mel_patches, time_patches)[None]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embed.proj
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.patch_embed.proj = value
+
+    def _check_features(self, input_features: torch.Tensor) -> torch.Tensor:
+        """The features as (B, 1, T, M) in the model's dtype, or a ValueError that says what arrived."""
+        time_patch, mels = self.config.patch_size[0], self.config.input_shape[1]
+        expected = (
+            f"expected log-mel features as a floating-point tensor (batch, 1, frames, {mels}), (batch, frames, {mels}) "
+            f"or mel-first (batch, 1, {mels}, frames), with at least {time_patch} frames"
+        )
+        if not isinstance(input_features, torch.Tensor):
+            raise ValueError(f"BatModel got input_features of type {type(input_features).__name__}; {expected}.")
+        got = f"BatModel got input_features of shape {tuple(input_features.shape)} and {input_features.dtype}"
+        if not input_features.is_floating_point():
+            raise ValueError(f"{got}; {expected}.")
+        if input_features.ndim == 3:
+            input_features = input_features.unsqueeze(1)
+        if input_features.ndim != 4 or input_features.shape[0] == 0:
+            raise ValueError(f"{got}; {expected}.")
+        if input_features.shape[1] != 1:
+            raise ValueError(f"{got}: {input_features.shape[1]} channels instead of 1; {expected}.")
+        if input_features.shape[3] != mels and input_features.shape[2] == mels:
+            input_features = input_features.transpose(2, 3)
+        if input_features.shape[3] != mels:
+            raise ValueError(f"{got}: no axis of {mels} mel bands; {expected}.")
+        if input_features.shape[2] < time_patch:
+            raise ValueError(f"{got}: {input_features.shape[2]} frames are shorter than one patch; {expected}.")
+        return input_features.to(self.cls_token.dtype)
+
+    def embed(self, input_features: torch.Tensor) -> torch.Tensor:
+        """Tokens that enter the first block: (B, 1, T, M) of at most one chunk -> (B, S, D)."""
+        tokens = self.patch_embed(input_features)
+        tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
+        return self.pre_norm(torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1))
+
+    def _split_chunks(self, input_features: torch.Tensor) -> list[torch.Tensor]:
+        """Cut (B, 1, T, M) along time into passes (B*C, 1, T', M), the chunks of each clip in a row.
+
+        Whole chunks share passes of at most `max_chunks_per_pass` rows (a clip's chunk is never split); the shorter
+        rest of the input is a pass of its own.
+        """
+        batch, _, frames, mels = input_features.shape
+        time_patch = self.config.patch_size[0]
+        chunk_frames = self.config.chunk_time_patches * time_patch
+        whole_frames = frames - frames % chunk_frames
+        rest_frames = (frames - whole_frames) // time_patch * time_patch
+        step = max(1, self.config.max_chunks_per_pass // batch) * chunk_frames
+        passes = [
+            input_features[:, :, start : min(start + step, whole_frames)].reshape(-1, 1, chunk_frames, mels)
+            for start in range(0, whole_frames, step)
+        ]
+        if rest_frames:
+            passes.append(input_features[:, :, whole_frames : whole_frames + rest_frames])
+        return passes
+
+    def _encode(
+        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Encode one pass (B*C, 1, T, M): the last tokens, and every layer's tokens and weights if asked for."""
+        hidden_states = self.embed(chunks)  # (B*C, S, D)
+        all_hidden_states = [hidden_states] if output_hidden_states else []
+        all_attentions = []
+        for block in self.blocks:
+            hidden_states, weights = block(hidden_states, output_attentions)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(weights)
+        return hidden_states, all_hidden_states, all_attentions
+
+    def _merge_chunks(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
+        """Join the tokens of all passes [(B*C, S, D)]: CLS averaged over chunks, patches in a row (B, 1 + N, D)."""
+        if len(passes) == 1 and len(passes[0]) == batch:
+            return passes[0]
+        cls_tokens = torch.cat([tokens[:, 0].unflatten(0, (batch, -1)) for tokens in passes], dim=1)  # (B, C, D)
+        patches = [tokens[:, 1:].reshape(batch, -1, tokens.shape[-1]) for tokens in passes]
+        return torch.cat([cls_tokens.mean(dim=1, keepdim=True), *patches], dim=1)
+
+    def _merge_attentions(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
+        """Join the attention weights of all passes [(B*C, H, S, S)], the last one padded, into (B*C, H, S, S)."""
+        tokens = passes[0].shape[-1]
+        padded = [nn.functional.pad(w, (0, tokens - w.shape[-1]) * 2).unflatten(0, (batch, -1)) for w in passes]
+        return torch.cat(padded, dim=1).flatten(0, 1)
+
+    def _patch_picture(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """View tokens (B, 1 + N, D) without CLS as (B, D, t, f)."""
+        return hidden_states[:, 1:].unflatten(1, (-1, self.config.grid_size[1])).permute(0, 3, 1, 2)
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BatModelOutput | tuple:
+        """Encode log-mel features in 0..1, as `BatFeatureExtractor` makes them.
+
+        Args:
+            input_features: (B, 1, T, 128), (B, T, 128) or mel-first (B, 1, 128, T), floating point, any T >= 16.
+                Frames beyond the last whole patch of 16 are dropped. Inputs longer than `chunk_time_patches`
+                patches run as independent chunks, whose CLS tokens are averaged.
+            input_values: another name for `input_features`.
+            output_attentions: also return the attention weights; the call then computes attention eagerly.
+            output_hidden_states: also return the embedded tokens and every block's output.
+            return_dict: False returns a tuple instead of a `BatModelOutput`.
+
+        Raises:
+            ValueError: neither or both inputs, or a tensor of the wrong type or shape.
+        """
+        if (input_features is None) == (input_values is None):
+            both = "neither input_features nor" if input_features is None else "both input_features and"
+            raise ValueError(f"BatModel got {both} input_values (two names for one input); give exactly one of them.")
+        features = self._check_features(input_features if input_features is not None else input_values)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        batch = features.shape[0]
+        passes = [
+            self._encode(chunks, output_hidden_states, output_attentions) for chunks in self._split_chunks(features)
+        ]
+        last, hidden_states, attentions = zip(*passes)
+        last_hidden_state = self._merge_chunks(last, batch)
+        output = BatModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            patch_tokens=self._patch_picture(last_hidden_state),
+        )
+        if output_hidden_states:
+            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states))
+        if output_attentions:
+            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions))
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def forward_encoder(self, input_features: torch.Tensor) -> torch.Tensor:
+        """Tokens of the last block (B, 1 + N, D), CLS first; see `forward` for the input."""
+        return self(input_features, return_dict=True).last_hidden_state
+
+    def extract_features(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs of every block: `cls_tokens` (L, B, D) and `patch_tokens` (L, B, D, t, f); input as in `forward`."""
+        blocks = self(input_features, output_hidden_states=True, return_dict=True).hidden_states[1:]
+        return {
+            "cls_tokens": torch.stack([hidden_states[:, 0] for hidden_states in blocks]),
+            "patch_tokens": torch.stack([self._patch_picture(hidden_states) for hidden_states in blocks]),
+        }

@@ -1,0 +1,383 @@
+"""Audio front end of BAT: sound files and waveforms to log-mel features.
+
+`load_audio` reads a file, `BatAudioProcessor` turns waveforms into features, and `BatFeatureExtractor` wraps the
+processor for `AutoFeatureExtractor` and pipelines.
+
+Shapes: B clips, T frames, M mel bands.
+"""
+
+import io
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SAMPLE_RATE = 16000  # Hz
+N_FFT = 1024  # samples of the FFT and of the Hann window, 64 ms
+HOP_LENGTH = 160  # samples between frames, 10 ms
+N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
+F_MIN = 0.0  # Hz
+TOP_DB = 80.0  # dB kept below each clip's maximum
+POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
+NUM_FRAMES = 1024  # frames of one picture, 10.24 s
+PATCH_FRAMES = 16  # frames of one patch, 160 ms
+BLOCK_FRAMES_CPU = 256  # frames transformed at once, so that their spectra stay in a core's cache
+BLOCK_FRAMES_GPU = 65536  # the same on an accelerator, where large blocks are fast and bound the memory
+
+
+def load_audio(
+    source: str | Path | bytes | BinaryIO,
+    start: float = 0.0,
+    duration: float | None = None,
+    sampling_rate: int = SAMPLE_RATE,
+) -> torch.Tensor:
+    """Read a sound file as mono float32 samples in -1..1: (samples,).
+
+    Decoded by soundfile (WAV, FLAC, OGG, MP3, ...), channels averaged, resampled by soxr HQ as in BAT's training.
+
+    Args:
+        source: path, the bytes of a file, or a binary file object.
+        start: where to begin, in seconds; only the asked-for part of the file is read.
+        duration: seconds to read; None, or more than there is, reads to the end.
+        sampling_rate: rate of the result, in Hz.
+
+    Raises:
+        FileNotFoundError: no file at this path.
+        ValueError: not a readable sound file, no samples, samples that are not finite, or a start or duration outside
+            the file; the message names the file and the reason.
+    """
+    soundfile, soxr = _audio_libraries()
+    is_path = isinstance(source, str | Path)
+    name = str(source) if is_path else getattr(source, "name", f"<{type(source).__name__}>")
+    if is_path and not Path(source).is_file():
+        raise FileNotFoundError(f"{name}: no such file.")
+    if start < 0 or (duration is not None and duration <= 0):
+        raise ValueError(f"{name}: start={start} and duration={duration} must be at least 0 and above 0 seconds.")
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            rate = file.samplerate
+            # The part is read with a margin for the resampling filter, from a sample that lies on both rates' grids,
+            # so that it equals the same part of the whole file.
+            grid, target_grid = rate // math.gcd(rate, sampling_rate), sampling_rate // math.gcd(rate, sampling_rate)
+            first = max(0, int(start * rate - 0.1 * rate)) // grid * grid
+            stop = file.frames if duration is None else min(file.frames, math.ceil((start + duration + 0.1) * rate))
+            if start * rate >= file.frames:
+                raise ValueError(f"{file.frames} samples at {rate} Hz hold nothing from {start} s on")
+            file.seek(first)
+            samples = file.read(stop - first, dtype="float32", always_2d=True)
+            if len(samples) < stop - first:
+                raise ValueError(f"truncated: {stop - first} samples expected from {first} on, {len(samples)} decoded")
+    except (soundfile.LibsndfileError, ValueError) as error:
+        raise ValueError(f"{name}: cannot be read as audio: {error}.") from error
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name}: holds NaN or infinite samples.")
+
+    samples = soxr.resample(samples.mean(axis=1), rate, sampling_rate, quality="HQ")
+    begin = round(start * sampling_rate) - first // grid * target_grid
+    end = None if duration is None else begin + round(duration * sampling_rate)
+    return torch.from_numpy(samples[begin:end])
+
+
+def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Resample (..., samples) on the waveform's own device.
+
+    CPU tensors go through soxr HQ, the resampler of BAT's training. Other devices use torchaudio's kaiser-best filter,
+    whose features differ from soxr's by at most 0.1 of their 0..1 range near half the sampling rate.
+    """
+    if orig_rate == new_rate:
+        return waveform
+    if waveform.device.type != "cpu":
+        return _resample_kaiser_best(waveform, orig_rate, new_rate)
+    _, soxr = _audio_libraries()
+    rows = waveform.reshape(-1, waveform.shape[-1])
+    resampled = [torch.from_numpy(soxr.resample(row.numpy(), orig_rate, new_rate, quality="HQ")) for row in rows]
+    return torch.stack(resampled).unflatten(0, waveform.shape[:-1]) if waveform.ndim > 1 else resampled[0]
+
+
+def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int) -> torch.Tensor:
+    try:
+        import torchaudio.functional
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises all three
+        raise ImportError(
+            f"Resampling a tensor on {waveform.device} needs a working torchaudio ({error}). Install a torch and "
+            "torchaudio that belong together (torchaudio 2.11 works with torch 2.11 to 2.14), or resample on the CPU."
+        ) from error
+    return torchaudio.functional.resample(
+        waveform,
+        orig_rate,
+        new_rate,
+        lowpass_filter_width=64,
+        rolloff=0.9475937167399596,
+        resampling_method="sinc_interp_kaiser",
+        beta=14.769656459379492,
+    )
+
+
+def _audio_libraries():
+    try:
+        import soundfile
+        import soxr
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"Reading and resampling audio needs soundfile and soxr ({error}): pip install soundfile soxr"
+        ) from error
+    return soundfile, soxr
+
+
+def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> torch.Tensor:
+    """Triangles of height 1 on the HTK mel scale from `f_min` to `sample_rate / 2` Hz: (n_fft/2 + 1, n_mels)."""
+    mel_edges = torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2)), n_mels + 2, dtype=torch.float64)
+    edges = 700 * (10 ** (mel_edges / 2595) - 1)  # Hz
+    frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp_min(0).float()
+
+
+class BatAudioProcessor(nn.Module):
+    """Waveforms to log-mel features, in float32 and on the waveform's device; every clip is treated alone.
+
+    Mel power spectrogram -> dB -> at most `top_db` below the clip's maximum -> scaled to 0..1 by the clip's own
+    extremes -> cut or zero-padded to `num_frames`. Silence gives zeros.
+
+    Args:
+        num_frames: frames of the result, a multiple of 16; None is as long as the audio, rounded up to whole patches.
+        sample_rate, n_fft, hop_length, n_mels, f_min, top_db: as in `BatConfig`.
+
+    Raises:
+        ValueError: `num_frames` is not a positive multiple of 16.
+    """
+
+    load_audio = staticmethod(load_audio)
+
+    def __init__(
+        self,
+        num_frames: int | None = NUM_FRAMES,
+        sample_rate: int = SAMPLE_RATE,
+        n_fft: int = N_FFT,
+        hop_length: int = HOP_LENGTH,
+        n_mels: int = N_MELS,
+        f_min: float = F_MIN,
+        top_db: float = TOP_DB,
+    ):
+        super().__init__()
+        if num_frames is not None and (num_frames < 1 or num_frames % PATCH_FRAMES):
+            raise ValueError(f"num_frames={num_frames} must be a positive multiple of {PATCH_FRAMES}, or None.")
+        self.num_frames = num_frames
+        self.sample_rate = sample_rate
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.top_db = top_db
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Features (B, 1, num_frames, n_mels) in 0..1 of mono clips of one length.
+
+        Args:
+            waveform: (samples,), (B, samples) or (B, 1, samples) at `sample_rate`, floating point in -1..1 or int16.
+
+        Raises:
+            ValueError: wrong type, shape or dtype, too short for one window, NaN or infinite samples.
+        """
+        return fit_frames(self.log_mel(waveform), self.num_frames)
+
+    def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Features before cutting and padding: (B, 1, T, n_mels), T = samples // hop_length + 1; see `forward`."""
+        mel = self._mel_power(self._check_waveform(waveform))  # (B, T, M)
+        decibel = 10 * mel.clamp_min(POWER_FLOOR).log10()
+        decibel = torch.maximum(decibel, decibel.amax(dim=(1, 2), keepdim=True) - self.top_db)
+        low, high = decibel.amin(dim=(1, 2), keepdim=True), decibel.amax(dim=(1, 2), keepdim=True)
+        return ((decibel - low) / (high - low + 1e-8)).unsqueeze(1)
+
+    def _mel_power(self, waveform: torch.Tensor) -> torch.Tensor:
+        """(B, samples) -> (B, T, M); frames are centred on multiples of the hop, the ends reflected."""
+        window, mel_filters = self.window.to(waveform.device), self.mel_filters.to(waveform.device)
+        padded = nn.functional.pad(waveform, (self.n_fft // 2, self.n_fft // 2), mode="reflect")
+        frames = padded.unfold(-1, self.n_fft, self.hop_length)  # (B, T, n_fft), a view
+        block_frames = BLOCK_FRAMES_CPU if waveform.device.type == "cpu" else BLOCK_FRAMES_GPU
+        blocks = []
+        for block in frames.split(max(1, block_frames // len(frames)), dim=1):
+            spectrum = torch.fft.rfft(block * window)  # (B, T', n_fft/2 + 1)
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            blocks.append(power @ mel_filters)
+        return torch.cat(blocks, dim=1)
+
+    def _check_waveform(self, waveform: torch.Tensor) -> torch.Tensor:
+        """The clips as float32 (B, samples), or a ValueError that says what arrived and what to do."""
+        expected = "expected mono clips as a floating-point or int16 tensor (samples,), (batch, samples) or (batch, 1, samples)"
+        if not isinstance(waveform, torch.Tensor):
+            raise ValueError(f"Got a waveform of type {type(waveform).__name__}; {expected}.")
+        got = f"Got a waveform of shape {tuple(waveform.shape)} and {waveform.dtype}"
+        if waveform.dtype == torch.int16:
+            waveform = waveform / 32768
+        if not waveform.is_floating_point():
+            raise ValueError(f"{got}; {expected}. Scale other integers to -1..1 yourself; complex audio has no meaning here.")
+        if waveform.ndim == 3 and waveform.shape[1] != 1:
+            raise ValueError(f"{got}: {waveform.shape[1]} channels; {expected}. Average the channels first.")
+        if waveform.ndim not in (1, 2, 3):
+            raise ValueError(f"{got}; {expected}.")
+        if waveform.numel() == 0:
+            raise ValueError(f"{got}: no samples; {expected}.")
+        samples = waveform.shape[-1]
+        if waveform.ndim == 2 and samples <= 8 < len(waveform):
+            raise ValueError(f"{got}, which looks like (samples, channels); {expected}. Average the channels first.")
+        shortest = self.n_fft // 2 + 1
+        if samples < shortest:
+            raise ValueError(
+                f"{got}: {samples} samples are too few for one window; at least {shortest} "
+                f"({1000 * shortest / self.sample_rate:.0f} ms) are needed. Pad the clip with zeros if it is meant to be this short."
+            )
+        waveform = waveform.float().reshape(-1, samples)
+        finite = waveform.isfinite().all(dim=1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"{got}: NaN or infinite samples in clip {', '.join(map(str, bad))} of the batch.")
+        return waveform
+
+
+def fit_frames(features: torch.Tensor, num_frames: int | None) -> torch.Tensor:
+    """Cut or zero-pad (B, 1, T, M) to `num_frames` frames; None pads to the next whole patch."""
+    if num_frames is None:
+        num_frames = -(-features.shape[2] // PATCH_FRAMES) * PATCH_FRAMES
+    return nn.functional.pad(features[:, :, :num_frames], (0, 0, 0, max(0, num_frames - features.shape[2])))
+
+
+class BatFeatureExtractor(FeatureExtractionMixin):
+    """`BatAudioProcessor` for `AutoFeatureExtractor`, `AutoProcessor` and pipelines.
+
+    Args:
+        sampling_rate: of the waveforms, in Hz.
+        num_frames: frames of the features with padding="max_length", a multiple of 16; None is as long as the audio.
+        n_fft, hop_length, n_mels, f_min, top_db: as in `BatConfig`.
+    """
+
+    model_input_names = ["input_features"]
+    load_audio = staticmethod(load_audio)
+
+    def __init__(
+        self,
+        sampling_rate: int = SAMPLE_RATE,
+        num_frames: int | None = NUM_FRAMES,
+        n_fft: int = N_FFT,
+        hop_length: int = HOP_LENGTH,
+        n_mels: int = N_MELS,
+        f_min: float = F_MIN,
+        top_db: float = TOP_DB,
+        padding_value: float = 0.0,
+        padding_side: str = "right",
+        return_attention_mask: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.sampling_rate = sampling_rate
+        self.num_frames = num_frames
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.n_mels = n_mels
+        self.f_min = f_min
+        self.top_db = top_db
+        # Read by pipelines and collators to batch features.
+        self.padding_value = padding_value
+        self.padding_side = padding_side
+        self.return_attention_mask = return_attention_mask
+        self.processor = BatAudioProcessor(num_frames, sampling_rate, n_fft, hop_length, n_mels, f_min, top_db)
+
+    def to_dict(self) -> dict:
+        """The settings, without the processor that is built from them."""
+        return {key: value for key, value in super().to_dict().items() if key != "processor"}
+
+    def __call__(
+        self,
+        raw_speech,
+        sampling_rate: int | None = None,
+        padding: str = "max_length",
+        return_tensors: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> BatchFeature:
+        """Log-mel features of one or more mono clips, each treated as if it were alone.
+
+        Args:
+            raw_speech: one clip or a batch: a numpy array or tensor (samples,), (B, samples) or (B, 1, samples), or a
+                list of clips (samples,) of any lengths; floating point in -1..1, or int16.
+            sampling_rate: rate of the clips in Hz; anything but the extractor's rate is refused.
+            padding: "max_length" cuts and zero-pads to `num_frames`; "longest" zero-pads to the longest clip, rounded
+                up to a whole patch of 16 frames, and cuts nothing.
+            return_tensors: "pt" for a tensor, "np" for an array, None for a list of arrays.
+            device: where to compute; by default where each clip is. With "pt" the features stay there.
+
+        Returns:
+            A `BatchFeature` with `input_features` (B, 1, T, n_mels) in 0..1.
+
+        Raises:
+            ValueError: wrong sampling rate, unknown option, or audio that `BatAudioProcessor` refuses.
+        """
+        if sampling_rate is None:
+            logger.warning(
+                f"BatFeatureExtractor got no sampling_rate and takes the audio to be at {self.sampling_rate} Hz. Pass "
+                "sampling_rate= so that a wrong rate is found."
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"BatFeatureExtractor got audio at {sampling_rate} Hz, but BAT needs {self.sampling_rate} Hz. Resample "
+                "it first (processing_bat.resample, or load_audio for files)."
+            )
+        if padding not in ("max_length", "longest"):
+            raise ValueError(f"padding={padding!r} is not known; expected 'max_length' or 'longest'.")
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f"return_tensors={return_tensors!r} is not known; expected 'pt', 'np' or None.")
+
+        batches, places = self._group_by_length(raw_speech, device)
+        features = [self.processor.log_mel(batch) for batch in batches]
+        num_frames = self.num_frames if padding == "max_length" else None
+        if num_frames is None:
+            longest = max(features, key=lambda group: group.shape[2])
+            num_frames = fit_frames(longest, None).shape[2]
+        joined = torch.cat([fit_frames(group, num_frames) for group in features])
+        input_features = joined[torch.tensor(places, device=joined.device).argsort()]
+        if return_tensors != "pt":
+            input_features = input_features.cpu().numpy()
+        return BatchFeature({"input_features": input_features if return_tensors else list(input_features)})
+
+    def _group_by_length(self, raw_speech, device) -> tuple[list[torch.Tensor], list[int]]:
+        """Batches of equally long clips, and for each of their clips in turn its place in the input."""
+        if isinstance(raw_speech, torch.Tensor | np.ndarray):
+            batch = _as_tensor(raw_speech, device)
+            return [batch], list(range(len(batch) if batch.ndim > 1 else 1))
+        if not isinstance(raw_speech, list | tuple) or len(raw_speech) == 0:
+            raise ValueError(
+                f"Got audio as {type(raw_speech).__name__} with nothing to read; expected an array, a tensor or a "
+                "non-empty list of clips."
+            )
+        if isinstance(raw_speech[0], int | float | np.number):
+            return [_as_tensor(raw_speech, device)], [0]
+        groups = defaultdict(list)
+        for place, clip in enumerate(raw_speech):
+            clip = _as_tensor(clip, device)
+            if clip.ndim != 1:
+                raise ValueError(
+                    f"Clip {place} of the list has shape {tuple(clip.shape)}; expected mono clips (samples,). Average "
+                    "the channels first."
+                )
+            groups[len(clip), clip.dtype].append((place, clip))
+        batches = [torch.stack([clip for _, clip in group]) for group in groups.values()]
+        return batches, [place for group in groups.values() for place, _ in group]
+
+
+def _as_tensor(clip, device: str | torch.device | None) -> torch.Tensor:
+    """A tensor, array or list of numbers as a tensor; a copy, because arrays may be read-only or reversed."""
+    if not isinstance(clip, torch.Tensor):
+        try:
+            clip = torch.from_numpy(np.array(clip, order="C"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Got audio as {type(clip).__name__} that is no array of numbers: {error}.") from error
+    return clip.to(device) if device is not None else clip

@@ -1,0 +1,127 @@
+"""Shared fixtures: tiny models, golden files, and copies of the repository in the layouts in which people use it."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bat_audio import BatConfig, BatModel
+
+ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+SNAPSHOT_FILES = [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "README.md", ROOT / "LICENSE"]
+
+
+def tiny_config(**changes) -> BatConfig:
+    """A 2-block encoder of width 32 that takes the published input; 4 patches of time make a chunk."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "chunk_time_patches": 4}
+    return BatConfig(**{**settings, **changes})
+
+
+def tiny_model(**changes) -> BatModel:
+    """A tiny encoder in eval mode with seeded weights that are far from their initial values."""
+    torch.manual_seed(0)
+    model = BatModel(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a golden file, and its metadata with the JSON values decoded."""
+    with safe_open(TESTS / "golden" / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def recipe_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """The synthetic weights of the full-size golden file, made from the parameters' names; pos_embed stays."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        r = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(tensor.numel())
+        r = r.reshape(tensor.shape)
+        if name == "pos_embed":
+            r = tensor.numpy()
+        elif tensor.ndim == 1:
+            r = (1 if name.endswith((".weight", ".s")) else 0) + 0.1 * r
+        elif name == "cls_token":
+            r = 0.5 * r
+        else:
+            r = r * 1.5 / math.sqrt(np.prod(tensor.shape[1:]))
+        weights[name] = torch.from_numpy(np.asarray(r, dtype=np.float32))
+    return weights
+
+
+def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool = True, **environment):
+    """Run code in a fresh interpreter without the network; the environment's None values are removed.
+
+    Two threads are enough, and a modules cache of its own keeps copies of remote code from other runs out.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
+    environment = {key: str(value) for key, value in environment.items() if value is not None}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def full_weights(tmp_path_factory) -> Path:
+    """model.safetensors of the published size with the golden recipe's weights."""
+    _, metadata = load_golden("encoder_full")
+    with torch.device("meta"):
+        shapes = BatModel(BatConfig())
+    shapes = shapes.to_empty(device="cpu")
+    shapes.pos_embed.copy_(shapes.position_table())
+    path = tmp_path_factory.mktemp("full") / "model.safetensors"
+    save_file(recipe_weights(shapes, metadata["seed"]), path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory, full_weights) -> Path:
+    """The files of a Hub snapshot with full-size weights, in a plain folder."""
+    folder = tmp_path_factory.mktemp("plain") / "bat-base"
+    folder.mkdir()
+    for file in SNAPSHOT_FILES:
+        shutil.copy(file, folder)
+    os.link(full_weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def snapshot_folder(tmp_path_factory, plain_folder) -> Path:
+    """The same as the Hub cache lays it out: links with the files' names into a folder of blobs."""
+    base = tmp_path_factory.mktemp("hub") / "models--lrauch--BAT"
+    blobs, snapshot = base / "blobs", base / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain_folder.iterdir())):
+        os.link(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    return snapshot
+
+
+@pytest.fixture(scope="session")
+def installed_folder(tmp_path_factory) -> Path:
+    """A folder to put on PYTHONPATH that holds the package as pip installs it from the sources."""
+    source = tmp_path_factory.mktemp("source") / "bat"
+    source.mkdir()
+    for file in [*SNAPSHOT_FILES, ROOT / "pyproject.toml"]:
+        shutil.copy(file, source)
+    shutil.copytree(ROOT / "tools", source / "tools")
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", f"--target={target}", source]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target

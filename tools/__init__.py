@@ -1,0 +1,1 @@
+"""Tools around BAT that a Hub snapshot does not need."""
