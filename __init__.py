@@ -1,4 +1,4 @@
-"""BAT (Better Audio Transformer) as an installed package; importing it registers BAT with Transformers' Auto classes."""
+"""BAT (Better Audio Transformer) as an installed package; importing it registers BAT with the Auto classes."""
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
@@ -57,25 +59,31 @@ def load_pretrained_encoder(
 
     Raises:
         OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do.
-        ValueError: the device is not there, or the checkpoint does not hold exactly a BAT encoder.
+        ValueError: no such device or dtype, or the checkpoint does not hold exactly a BAT encoder.
     """
     if device is not None:
         _check_device(device)
-    dtype = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = torch.float32 if dtype is None else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is not a floating-point type of torch, such as \"float32\" or \"bfloat16\".")
+    weights = None if untrained else find_weights(checkpoint, revision)
     config = AutoConfig.from_pretrained(HERE, **AUTO_OPTIONS)
-    with torch.device("meta"):  # only to learn the class, whichever way it is loaded
-        model_class = type(AutoModel.from_config(config, **AUTO_OPTIONS))
-
-    if untrained:
+    if weights is None:
         logger.warning(UNTRAINED_NOTICE)
-        model = model_class(config).to(dtype)
+        model = AutoModel.from_config(config, dtype=dtype, **AUTO_OPTIONS, **kwargs)
     else:
-        weights = _find_weights(checkpoint, revision)
+        with torch.device("meta"):  # costs nothing, and tells the class whichever way it was loaded
+            model_class = type(AutoModel.from_config(config, **AUTO_OPTIONS))
         if (weights.parent / "config.json").is_file():
             config = _read_config(model_class.config_class, weights.parent)
-        state_dict = None if weights.name == "model.safetensors" else load_file(weights)
-        source = weights.parent if state_dict is None else None
-        model = model_class.from_pretrained(source, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        is_standard = weights.name == "model.safetensors"
+        model = model_class.from_pretrained(
+            weights.parent if is_standard else None,
+            config=config,
+            state_dict=None if is_standard else load_file(weights),
+            dtype=dtype,
+            **kwargs,
+        )
     return (model if device is None else model.to(device)).eval()
 
 
@@ -102,3 +110,121 @@ def _check_device(device: str | torch.device):
             f"device={str(device)!r} is not there: {str(error).splitlines()[0]} (torch {torch.__version__}, "
             f"{torch.cuda.device_count()} CUDA devices). Use device='cpu' or install a torch build for this machine."
         ) from error
+
+
+def find_weights(checkpoint: str | Path | None = None, revision: str | None = None) -> Path:
+    """The file with the weights, downloaded if need be; arguments and errors as in `load_pretrained_encoder`."""
+    if checkpoint is None:
+        beside = HERE / "model.safetensors"
+        if beside.is_file() and revision is None:
+            return beside
+        return _download(HUB_REPOSITORY, revision or HUB_COMMIT)
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.is_file():
+        return path
+    # "namespace/name" may be a Hub repository; anything else can only have meant a local path.
+    if str(checkpoint).count("/") != 1 or path.parent.is_dir() or path.suffix:
+        raise OSError(
+            f"No weights at {path}: no such file. Expected a folder with config.json and model.safetensors, a "
+            '.safetensors file, or a Hub repository "namespace/name".'
+        )
+    return _download(str(checkpoint), revision or "main")
+
+
+def _download(repository: str, revision: str) -> Path:
+    """config.json and model.safetensors of a Hub repository, from the cache or the Hub."""
+    try:
+        _download_file(repository, "config.json", revision)
+        return _download_file(repository, "model.safetensors", revision)
+    except (OSError, HTTPError) as error:  # HTTPError: its HTTP library's errors, which need not be OSErrors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        beside = f"{HERE / 'model.safetensors'} (no such file), " if repository == HUB_REPOSITORY else ""
+        raise OSError(
+            f"No pretrained weights: looked for {beside}the cache {constants.HF_HUB_CACHE} and "
+            f"{constants.ENDPOINT}/{repository} at revision {revision} ({type(error).__name__}: {reason}). Connect to "
+            "the Hub once so that the weights are cached, or put model.safetensors beside load_model.py, or name "
+            "another checkpoint= (--checkpoint). For random weights, ask with untrained=True (--untrained)."
+        ) from error
+
+
+def _download_file(repository: str, filename: str, revision: str) -> Path:
+    is_new = not isinstance(try_to_load_from_cache(repository, filename, revision=revision), str)
+    if is_new:  # raises at once without a network (or offline), where the client itself would retry for half a minute
+        get_session().head(constants.ENDPOINT, timeout=5)
+    path = Path(hf_hub_download(repository, filename, revision=revision, etag_timeout=5))
+    if is_new:  # the client checks only the size of what it has downloaded
+        advertised = get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=5).etag
+        with path.open("rb") as file:
+            actual = sha_fileobj(file).hex()
+        if advertised is not None and len(advertised) == len(actual) and advertised != actual:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise OSError(f"{filename} arrived damaged (sha256 {actual}, not {advertised}) and was deleted; try again")
+    return path
+
+
+def _read_config(config_class, folder: Path):
+    """The config beside a checkpoint, which must be BAT's; its auto_map is never followed."""
+    model_type = config_class.get_config_dict(folder)[0].get("model_type")
+    if model_type != config_class.model_type:
+        raise ValueError(f"{folder / 'config.json'}: model_type is {model_type!r}, not {config_class.model_type!r}.")
+    return config_class.from_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the embeddings of sound files; returns 0, or 1 when a file or the weights could not be read."""
+    parser = argparse.ArgumentParser(description="Embed sound files with BAT and print what comes out.")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="sound file of any rate and length: WAV, FLAC, OGG, MP3"
+    )
+    parser.add_argument(
+        "--checkpoint", help="folder, .safetensors file or Hub repository (default: the published weights)"
+    )
+    parser.add_argument("--device", help='for example "cpu" or "cuda:1" (default: cuda where there is one)')
+    parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="also write tokens and embeddings here")
+    parser.add_argument("--untrained", action="store_true", help="random weights, to try things out without a download")
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    if options.untrained:
+        print(f"*** {UNTRAINED_NOTICE} ***")
+    try:
+        model = load_pretrained_encoder(device, checkpoint=options.checkpoint, untrained=options.untrained)
+        processor = load_audio_processor(device, num_frames=None)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    results, failed = {}, False
+    for file in options.files:
+        try:
+            waveform = processor.load_audio(file)
+            features = processor(waveform.to(device))
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        with torch.inference_mode():
+            output = model(features)
+        tokens, embedding = output.last_hidden_state, output.pooler_output
+        first_values = " ".join(f"{value:+.4f}" for value in embedding[0, :6].tolist())
+        print(
+            f"{file}: {len(waveform) / processor.sample_rate:.2f} s, features {tuple(features.shape)}, tokens "
+            f"{tuple(tokens.shape)}, embedding {tuple(embedding.shape)} = {first_values} ..."
+        )
+        results[f"{file}:last_hidden_state"] = tokens[0].cpu()
+        results[f"{file}:pooler_output"] = embedding[0].cpu().clone()
+    if options.save and results:
+        partial = options.save.with_name(f"{options.save.name}.partial")
+        save_file(results, partial)
+        os.replace(partial, options.save)
+        print(f"saved {options.save}")
+    if options.untrained:
+        print(f"*** {UNTRAINED_NOTICE} ***")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -242,13 +242,15 @@ class BatPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=True,
             **kwargs,
         )
-        misshapen = sorted(f"{name} {tuple(got)}, not {tuple(want)}" for name, got, want in info["mismatched_keys"])
+        # Transformers 4 lists the names of misshapen weights, 5 adds their shapes; both log the shapes they found.
+        misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         problems = {
-            "missing": sorted(info["missing_keys"]) if strict else [],
-            "unexpected": sorted(info["unexpected_keys"]) if strict else [],
-            "misshapen": misshapen if strict and not ignore_mismatched_sizes else [],
+            "missing": sorted(info["missing_keys"]),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
         }
-        if any(problems.values()):
+        if strict and any(problems.values()):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
             raise ValueError(
                 f"The checkpoint {pretrained_model_name_or_path} does not hold the weights of this "
@@ -415,7 +417,7 @@ class BatModel(BatPreTrainedModel):
         passes = [
             self._encode(chunks, output_hidden_states, output_attentions) for chunks in self._split_chunks(features)
         ]
-        last, hidden_states, attentions = zip(*passes)
+        last, hidden_states, attentions = zip(*passes, strict=True)
         last_hidden_state = self._merge_chunks(last, batch)
         output = BatModelOutput(
             last_hidden_state=last_hidden_state,
@@ -423,9 +425,9 @@ class BatModel(BatPreTrainedModel):
             patch_tokens=self._patch_picture(last_hidden_state),
         )
         if output_hidden_states:
-            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states))
+            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
         if output_attentions:
-            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions))
+            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def forward_encoder(self, input_features: torch.Tensor) -> torch.Tensor:
@@ -439,3 +441,7 @@ class BatModel(BatPreTrainedModel):
             "cls_tokens": torch.stack([hidden_states[:, 0] for hidden_states in blocks]),
             "patch_tokens": torch.stack([self._patch_picture(hidden_states) for hidden_states in blocks]),
         }
+
+
+# Lets save_pretrained copy this file and fill in auto_map.
+BatModel.register_for_auto_class("AutoModel")

@@ -135,7 +135,9 @@ def _audio_libraries():
 
 def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> torch.Tensor:
     """Triangles of height 1 on the HTK mel scale from `f_min` to `sample_rate / 2` Hz: (n_fft/2 + 1, n_mels)."""
-    mel_edges = torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2)), n_mels + 2, dtype=torch.float64)
+    mel_edges = torch.linspace(
+        *(2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2)), n_mels + 2, dtype=torch.float64
+    )
     edges = 700 * (10 ** (mel_edges / 2595) - 1)  # Hz
     frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -214,14 +216,14 @@ class BatAudioProcessor(nn.Module):
 
     def _check_waveform(self, waveform: torch.Tensor) -> torch.Tensor:
         """The clips as float32 (B, samples), or a ValueError that says what arrived and what to do."""
-        expected = "expected mono clips as a floating-point or int16 tensor (samples,), (batch, samples) or (batch, 1, samples)"
+        expected = "expected mono clips as a float or int16 tensor (samples,), (batch, samples) or (batch, 1, samples)"
         if not isinstance(waveform, torch.Tensor):
             raise ValueError(f"Got a waveform of type {type(waveform).__name__}; {expected}.")
         got = f"Got a waveform of shape {tuple(waveform.shape)} and {waveform.dtype}"
         if waveform.dtype == torch.int16:
             waveform = waveform / 32768
         if not waveform.is_floating_point():
-            raise ValueError(f"{got}; {expected}. Scale other integers to -1..1 yourself; complex audio has no meaning here.")
+            raise ValueError(f"{got}; {expected}. Scale other integers to floats in -1..1; complex audio is refused.")
         if waveform.ndim == 3 and waveform.shape[1] != 1:
             raise ValueError(f"{got}: {waveform.shape[1]} channels; {expected}. Average the channels first.")
         if waveform.ndim not in (1, 2, 3):
@@ -235,7 +237,7 @@ class BatAudioProcessor(nn.Module):
         if samples < shortest:
             raise ValueError(
                 f"{got}: {samples} samples are too few for one window; at least {shortest} "
-                f"({1000 * shortest / self.sample_rate:.0f} ms) are needed. Pad the clip with zeros if it is meant to be this short."
+                f"({shortest / self.sample_rate:.3f} s) are needed. Zero-pad a clip that is meant to be so short."
             )
         waveform = waveform.float().reshape(-1, samples)
         finite = waveform.isfinite().all(dim=1)
@@ -381,3 +383,7 @@ def _as_tensor(clip, device: str | torch.device | None) -> torch.Tensor:
         except (TypeError, ValueError) as error:
             raise ValueError(f"Got audio as {type(clip).__name__} that is no array of numbers: {error}.") from error
     return clip.to(device) if device is not None else clip
+
+
+# Lets save_pretrained copy this file and fill in auto_map.
+BatFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

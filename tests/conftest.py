@@ -41,7 +41,7 @@ def tiny_model(**changes) -> BatModel:
 def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a golden file, and its metadata with the JSON values decoded."""
     with safe_open(TESTS / "golden" / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, {key: json.loads(value) for key, value in file.metadata().items()}
 
 
@@ -122,6 +122,15 @@ def installed_folder(tmp_path_factory) -> Path:
         shutil.copy(file, source)
     shutil.copytree(ROOT / "tools", source / "tools")
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", f"--target={target}", source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        f"--target={target}",
+        source,
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target

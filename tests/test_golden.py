@@ -68,7 +68,9 @@ def test_pretraining_building_blocks():
 
     with torch.no_grad():
         patches = teacher.extract_features(features)["patch_tokens"].flatten(3).transpose(2, 3)  # (L, B, N, D)
-        patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        patches = (patches - patches.mean(2, keepdim=True)) / (
+            patches.var(2, unbiased=False, keepdim=True) + 1e-6
+        ).sqrt()
         target = torch.nn.functional.layer_norm(patches.mean(0), [metadata["dim"]], eps=1e-6)  # (B, N, D)
 
         tokens = student.patch_embed(features) + student.pos_embed
@@ -85,7 +87,9 @@ def test_pretraining_building_blocks():
         for i in range(metadata["decoder_depth"]):
             block = BatBlock(student.config).eval()
             prefix = f"blocks.{i}."
-            block.load_state_dict({k.removeprefix(prefix): v for k, v in decoder_weights.items() if k.startswith(prefix)})
+            block.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in decoder_weights.items() if k.startswith(prefix)}
+            )
             hidden, _ = block(hidden)
         student_patches = hidden @ decoder_weights["out_proj.weight"].T  # (B*V, N, D)
 

@@ -1,0 +1,28 @@
+# `make demo` and `make test` set up an environment of their own in $(VENV) and need nothing but Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+# Another version of Transformers, for example: make test VENV=.venv-tf4 TRANSFORMERS="transformers==4.57.*"
+TRANSFORMERS ?= transformers
+
+INSTALLED = $(VENV)/.installed
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python -m bat_audio.tools.demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+matrix: $(INSTALLED)
+	$(VENV)/bin/python -m tox run
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
+	touch $@
+
+.PHONY: demo test matrix lint
