@@ -75,7 +75,7 @@ def eager_attention_forward(
 
 
 class BatAttention(nn.Module):
-    """Multi-head self-attention whose merged heads are gated by the block's input (paper section 3)."""
+    """Multi-head self-attention whose merged heads are gated by the block's input."""
 
     def __init__(self, config: BatConfig):
         super().__init__()

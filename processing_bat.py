@@ -26,11 +26,16 @@ HOP_LENGTH = 160  # samples between frames, 10 ms
 N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
+MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
 POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
 NUM_FRAMES = 1024  # frames of one picture, 10.24 s
 PATCH_FRAMES = 16  # frames of one patch, 160 ms
 BLOCK_FRAMES_CPU = 256  # frames transformed at once, so that their spectra stay in a core's cache
 BLOCK_FRAMES_GPU = 65536  # the same on an accelerator, where large blocks are fast and bound the memory
+EXPECTED_AUDIO = (
+    "expected an array, a tensor or a non-empty list of mono clips. Read files with load_audio; from a dict, pass its "
+    "array"
+)
 
 
 def load_audio(
@@ -42,6 +47,8 @@ def load_audio(
     """Read a sound file as mono float32 samples in -1..1: (samples,).
 
     Decoded by soundfile (WAV, FLAC, OGG, MP3, ...), channels averaged, resampled by soxr HQ as in BAT's training.
+    A truncated FLAC file is refused, a truncated MP3 file gives a warning, truncated WAV and OGG files just end early.
+    An MP3 file without a length in its header has the length that libsndfile estimates from its first bit rate.
 
     Args:
         source: path, the bytes of a file, or a binary file object.
@@ -59,12 +66,14 @@ def load_audio(
     name = str(source) if is_path else getattr(source, "name", f"<{type(source).__name__}>")
     if is_path and not Path(source).is_file():
         raise FileNotFoundError(f"{name}: no such file.")
-    if start < 0 or (duration is not None and duration <= 0):
-        raise ValueError(f"{name}: start={start} and duration={duration} must be at least 0 and above 0 seconds.")
+    if not (0 <= start < math.inf and (duration is None or 0 < duration < math.inf)):
+        raise ValueError(f"{name}: start={start} must be at least 0 s and duration={duration} above 0 s, both finite.")
 
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             rate = file.samplerate
+            if rate < MIN_FILE_RATE:
+                raise ValueError(f"its rate of {rate} Hz is too low for sound")
             # The part is read with a margin for the resampling filter, from a sample that lies on both rates' grids,
             # so that it equals the same part of the whole file.
             grid, target_grid = rate // math.gcd(rate, sampling_rate), sampling_rate // math.gcd(rate, sampling_rate)
@@ -75,15 +84,22 @@ def load_audio(
             file.seek(first)
             samples = file.read(stop - first, dtype="float32", always_2d=True)
             if len(samples) < stop - first:
-                raise ValueError(f"truncated: {stop - first} samples expected from {first} on, {len(samples)} decoded")
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be read as audio: {error}.") from error
+                missing = f"{stop - first} samples expected from {first} on, {len(samples)} decoded"
+                if file.format != "MP3":
+                    raise ValueError(f"truncated: {missing}")
+                # The expected length may be an estimate that is too long, above all when the file starts with tags.
+                logger.warning(f"{name}: truncated, or without its length in the header: {missing}.")
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # TypeError: named .raw, without a header
+        reason = str(getattr(error, "error_string", error)).rstrip(".")
+        raise ValueError(f"{name}: cannot be read as audio: {reason}.") from error
     if not np.isfinite(samples).all():
         raise ValueError(f"{name}: holds NaN or infinite samples.")
 
     samples = soxr.resample(samples.mean(axis=1), rate, sampling_rate, quality="HQ")
     begin = round(start * sampling_rate) - first // grid * target_grid
     end = None if duration is None else begin + round(duration * sampling_rate)
+    if len(samples[begin:end]) == 0:
+        raise ValueError(f"{name}: no samples at {sampling_rate} Hz with start={start} and duration={duration}.")
     return torch.from_numpy(samples[begin:end])
 
 
@@ -160,6 +176,7 @@ class BatAudioProcessor(nn.Module):
     """
 
     load_audio = staticmethod(load_audio)
+    resample = staticmethod(resample)
 
     def __init__(
         self,
@@ -193,9 +210,14 @@ class BatAudioProcessor(nn.Module):
         """
         return fit_frames(self.log_mel(waveform), self.num_frames)
 
-    def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Features before cutting and padding: (B, 1, T, n_mels), T = samples // hop_length + 1; see `forward`."""
-        mel = self._mel_power(self._check_waveform(waveform))  # (B, T, M)
+    def log_mel(self, waveform: torch.Tensor, places: list[int] | None = None) -> torch.Tensor:
+        """Features before cutting and padding: (B, 1, T, n_mels), T = samples // hop_length + 1; see `forward`.
+
+        `places` are the numbers that errors give to the clips, when they were picked from a list.
+        """
+        waveform = self._check_waveform(waveform, places)
+        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 would move features by 0.01
+            mel = self._mel_power(waveform)  # (B, T, M)
         decibel = 10 * mel.clamp_min(POWER_FLOOR).log10()
         decibel = torch.maximum(decibel, decibel.amax(dim=(1, 2), keepdim=True) - self.top_db)
         low, high = decibel.amin(dim=(1, 2), keepdim=True), decibel.amax(dim=(1, 2), keepdim=True)
@@ -203,7 +225,7 @@ class BatAudioProcessor(nn.Module):
 
     def _mel_power(self, waveform: torch.Tensor) -> torch.Tensor:
         """(B, samples) -> (B, T, M); frames are centred on multiples of the hop, the ends reflected."""
-        window, mel_filters = self.window.to(waveform.device), self.mel_filters.to(waveform.device)
+        window, mel_filters = self.window.to(waveform), self.mel_filters.to(waveform)
         padded = nn.functional.pad(waveform, (self.n_fft // 2, self.n_fft // 2), mode="reflect")
         frames = padded.unfold(-1, self.n_fft, self.hop_length)  # (B, T, n_fft), a view
         block_frames = BLOCK_FRAMES_CPU if waveform.device.type == "cpu" else BLOCK_FRAMES_GPU
@@ -214,12 +236,14 @@ class BatAudioProcessor(nn.Module):
             blocks.append(power @ mel_filters)
         return torch.cat(blocks, dim=1)
 
-    def _check_waveform(self, waveform: torch.Tensor) -> torch.Tensor:
+    def _check_waveform(self, waveform: torch.Tensor, places: list[int] | None) -> torch.Tensor:
         """The clips as float32 (B, samples), or a ValueError that says what arrived and what to do."""
         expected = "expected mono clips as a float or int16 tensor (samples,), (batch, samples) or (batch, 1, samples)"
         if not isinstance(waveform, torch.Tensor):
             raise ValueError(f"Got a waveform of type {type(waveform).__name__}; {expected}.")
         got = f"Got a waveform of shape {tuple(waveform.shape)} and {waveform.dtype}"
+        if places is not None:
+            got += f" (clip {', '.join(map(str, places))} of the list)"
         if waveform.dtype == torch.int16:
             waveform = waveform / 32768
         if not waveform.is_floating_point():
@@ -242,7 +266,7 @@ class BatAudioProcessor(nn.Module):
         waveform = waveform.float().reshape(-1, samples)
         finite = waveform.isfinite().all(dim=1)
         if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
+            bad = [places[row] if places else row for row in (~finite).nonzero().flatten().tolist()]
             raise ValueError(f"{got}: NaN or infinite samples in clip {', '.join(map(str, bad))} of the batch.")
         return waveform
 
@@ -265,6 +289,7 @@ class BatFeatureExtractor(FeatureExtractionMixin):
 
     model_input_names = ["input_features"]
     load_audio = staticmethod(load_audio)
+    resample = staticmethod(resample)
 
     def __init__(
         self,
@@ -331,57 +356,59 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"BatFeatureExtractor got audio at {sampling_rate} Hz, but BAT needs {self.sampling_rate} Hz. Resample "
-                "it first (processing_bat.resample, or load_audio for files)."
+                "it first (BatFeatureExtractor.resample, or load_audio for files)."
             )
         if padding not in ("max_length", "longest"):
             raise ValueError(f"padding={padding!r} is not known; expected 'max_length' or 'longest'.")
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors={return_tensors!r} is not known; expected 'pt', 'np' or None.")
 
-        batches, places = self._group_by_length(raw_speech, device)
-        features = [self.processor.log_mel(batch) for batch in batches]
+        groups = self._group_by_length(raw_speech, device)
+        features = [self.processor.log_mel(batch, places) for batch, places in groups]
         num_frames = self.num_frames if padding == "max_length" else None
         if num_frames is None:
             longest = max(features, key=lambda group: group.shape[2])
             num_frames = fit_frames(longest, None).shape[2]
-        joined = torch.cat([fit_frames(group, num_frames) for group in features])
-        input_features = joined[torch.tensor(places, device=joined.device).argsort()]
+        input_features = torch.cat([fit_frames(group, num_frames) for group in features])
+        if len(groups) > 1:
+            places = torch.tensor([place for _, places in groups for place in places], device=input_features.device)
+            input_features = input_features[places.argsort()]
         if return_tensors != "pt":
-            input_features = input_features.cpu().numpy()
+            input_features = input_features.detach().cpu().numpy()
         return BatchFeature({"input_features": input_features if return_tensors else list(input_features)})
 
-    def _group_by_length(self, raw_speech, device) -> tuple[list[torch.Tensor], list[int]]:
-        """Batches of equally long clips, and for each of their clips in turn its place in the input."""
+    def _group_by_length(self, raw_speech, device) -> list[tuple[torch.Tensor, list[int] | None]]:
+        """Batches of equally long clips, each with the places of its clips in the list, if it was one."""
         if isinstance(raw_speech, torch.Tensor | np.ndarray):
-            batch = _as_tensor(raw_speech, device)
-            return [batch], list(range(len(batch) if batch.ndim > 1 else 1))
-        if not isinstance(raw_speech, list | tuple) or len(raw_speech) == 0:
-            raise ValueError(
-                f"Got audio as {type(raw_speech).__name__} with nothing to read; expected an array, a tensor or a "
-                "non-empty list of clips."
-            )
+            return [(_as_tensor(raw_speech, device), None)]
+        if not isinstance(raw_speech, list | tuple):
+            raise ValueError(f"Got audio as {type(raw_speech).__name__} {raw_speech!r:.40}; {EXPECTED_AUDIO}.")
+        if len(raw_speech) == 0:
+            raise ValueError(f"Got an empty {type(raw_speech).__name__}; {EXPECTED_AUDIO}.")
         if isinstance(raw_speech[0], int | float | np.number):
-            return [_as_tensor(raw_speech, device)], [0]
+            return [(_as_tensor(raw_speech, device), None)]
         groups = defaultdict(list)
         for place, clip in enumerate(raw_speech):
-            clip = _as_tensor(clip, device)
+            clip = _as_tensor(clip, device, f"clip {place} of the list")
             if clip.ndim != 1:
                 raise ValueError(
                     f"Clip {place} of the list has shape {tuple(clip.shape)}; expected mono clips (samples,). Average "
                     "the channels first."
                 )
             groups[len(clip), clip.dtype].append((place, clip))
-        batches = [torch.stack([clip for _, clip in group]) for group in groups.values()]
-        return batches, [place for group in groups.values() for place, _ in group]
+        return [(torch.stack([clip for _, clip in group]), [place for place, _ in group]) for group in groups.values()]
 
 
-def _as_tensor(clip, device: str | torch.device | None) -> torch.Tensor:
-    """A tensor, array or list of numbers as a tensor; a copy, because arrays may be read-only or reversed."""
+def _as_tensor(clip, device: str | torch.device | None, name: str = "audio") -> torch.Tensor:
+    """A tensor, array or list of numbers as a tensor; a copy, because arrays may be read-only, reversed or big-endian."""
     if not isinstance(clip, torch.Tensor):
         try:
-            clip = torch.from_numpy(np.array(clip, order="C"))
+            array = np.asarray(clip)
+            clip = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Got audio as {type(clip).__name__} that is no array of numbers: {error}.") from error
+            raise ValueError(
+                f"Got {name} as {type(clip).__name__} {clip!r:.40}, no array of numbers ({error}); {EXPECTED_AUDIO}."
+            ) from error
     return clip.to(device) if device is not None else clip
 
 

@@ -64,13 +64,13 @@ def recipe_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool = True, **environment):
-    """Run code in a fresh interpreter without the network; the environment's None values are removed.
+    """Run code in a fresh interpreter, by default offline; variables given as None are removed."""
+    return run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, check=check, **environment)
 
-    Two threads are enough, and a modules cache of its own keeps copies of remote code from other runs out.
-    """
+
+def run(command: list[str], cwd: Path | None = None, check: bool = True, **environment):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
     environment = {key: str(value) for key, value in environment.items() if value is not None}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result
@@ -116,6 +116,7 @@ def snapshot_folder(tmp_path_factory, plain_folder) -> Path:
 @pytest.fixture(scope="session")
 def installed_folder(tmp_path_factory) -> Path:
     """A folder to put on PYTHONPATH that holds the package as pip installs it from the sources."""
+    # A copy, because building leaves files in the source folder.
     source = tmp_path_factory.mktemp("source") / "bat"
     source.mkdir()
     for file in [*SNAPSHOT_FILES, ROOT / "pyproject.toml"]:

@@ -1,13 +1,15 @@
 """Saving and loading: bit-equal, strict by default, on every door that Transformers has."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from bat_audio import BatConfig, BatModel
-from conftest import TESTS, run_python, tiny_config, tiny_model
+from conftest import ROOT, TESTS, run_python, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
+
+from bat_audio import BatConfig, BatModel
 
 
 @pytest.fixture
@@ -144,25 +146,25 @@ print(extractor.to_dict() == AutoFeatureExtractor.from_pretrained(sys.argv[1], t
 """
 
 
-def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, plain_folder):
-    first = run_python(SAVE_AND_LOAD, plain_folder, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
+def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
+    source, _ = saved  # saved by the installed package, so its code is that of the repository
+    shutil.copy(ROOT / "preprocessor_config.json", source)
+    shutil.copy(ROOT / "processing_bat.py", source)
+    first = run_python(SAVE_AND_LOAD, source, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
     files, value = first.stdout.splitlines()
     assert {"configuration_bat.py", "modeling_bat.py", "processing_bat.py"} <= set(json.loads(files.replace("'", '"')))
     for reference in ("config.json", "preprocessor_config.json"):
         auto_map = json.loads((tmp_path / "out" / reference).read_text())["auto_map"]
-        assert auto_map.items() <= {
-            "AutoConfig": "configuration_bat.BatConfig",
-            "AutoModel": "modeling_bat.BatModel",
-            "AutoFeatureExtractor": "processing_bat.BatFeatureExtractor",
-        }.items()
-    original, copied = load_file(plain_folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        assert (
+            auto_map.items()
+            <= {
+                "AutoConfig": "configuration_bat.BatConfig",
+                "AutoModel": "modeling_bat.BatModel",
+                "AutoFeatureExtractor": "processing_bat.BatFeatureExtractor",
+            }.items()
+        )
+    original, copied = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert original.keys() == copied.keys()
     assert all(torch.equal(original[name], copied[name]) for name in original)
     second = run_python(LOAD, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules2")
     assert second.stdout.splitlines() == [value, "True"]
-
-
-def test_model_saved_by_the_installed_package_carries_the_code(tmp_path, saved):
-    folder, _ = saved
-    result = run_python(LOAD.replace("AutoFeatureExtractor", "AutoConfig"), folder, HF_MODULES_CACHE=tmp_path / "m")
-    assert result.stdout.splitlines()[1] == "True"

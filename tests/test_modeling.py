@@ -424,9 +424,7 @@ def test_training_step_compiles_without_graph_breaks():
     torch.compiler.reset()
     model, features = tiny_model(drop_path_rate=0.0).train(), random_features(2, 1, CHUNK + 16, 128)
     plain = gradients(model, features)
-    step = torch.compile(
-        lambda x: model(x).last_hidden_state.square().mean(), fullgraph=True, backend="aot_eager"
-    )
+    step = torch.compile(lambda x: model(x).last_hidden_state.square().mean(), fullgraph=True, backend="aot_eager")
     model.zero_grad()
     step(features).backward()
     for name, parameter in model.named_parameters():
