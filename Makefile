@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Another version of Transformers, for example: make test VENV=.venv-tf4 TRANSFORMERS="transformers==4.57.*"
 TRANSFORMERS ?= transformers
+# A pair that works together; torchaudio declares no torch requirement, so a freely chosen torch may break it.
+TORCH ?= torch==2.14.* torchaudio==2.11.*
 
 INSTALLED = $(VENV)/.installed
 
@@ -22,7 +24,7 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
 	touch $@
 
 .PHONY: demo test matrix lint
