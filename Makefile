@@ -14,6 +14,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
+fast: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
 matrix: $(INSTALLED)
 	$(VENV)/bin/python -m tox run
 
@@ -27,4 +30,4 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
 	touch $@
 
-.PHONY: demo test matrix lint
+.PHONY: demo test fast matrix lint

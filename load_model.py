@@ -11,6 +11,7 @@ Works beside the other files of the repository (a folder on sys.path, a Hub snap
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 from transformers.utils import logging
@@ -61,11 +63,13 @@ def load_pretrained_encoder(
         OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do.
         ValueError: no such device or dtype, or the checkpoint does not hold exactly a BAT encoder.
     """
+    if untrained and (checkpoint is not None or revision is not None):
+        raise ValueError("untrained=True takes no checkpoint and no revision: there are no weights to load.")
     if device is not None:
         _check_device(device)
     dtype = torch.float32 if dtype is None else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is not a floating-point type of torch, such as \"float32\" or \"bfloat16\".")
+        raise ValueError(f'dtype={dtype!r} is not a floating-point type of torch, such as "float32" or "bfloat16".')
     weights = None if untrained else find_weights(checkpoint, revision)
     config = AutoConfig.from_pretrained(HERE, **AUTO_OPTIONS)
     if weights is None:
@@ -77,13 +81,16 @@ def load_pretrained_encoder(
         if (weights.parent / "config.json").is_file():
             config = _read_config(model_class.config_class, weights.parent)
         is_standard = weights.name == "model.safetensors"
-        model = model_class.from_pretrained(
-            weights.parent if is_standard else None,
-            config=config,
-            state_dict=None if is_standard else load_file(weights),
-            dtype=dtype,
-            **kwargs,
-        )
+        try:
+            model = model_class.from_pretrained(
+                weights.parent if is_standard else None,
+                config=config,
+                state_dict=None if is_standard else load_file(weights),
+                dtype=dtype,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise OSError(f"{weights} is not a whole safetensors file ({error}). Copy or download it again.") from error
     return (model if device is None else model.to(device)).eval()
 
 
@@ -123,9 +130,10 @@ def find_weights(checkpoint: str | Path | None = None, revision: str | None = No
     if path.is_dir():
         path = path / "model.safetensors"
     if path.is_file():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} belongs to a Hub repository, but {path} is a local file.")
         return path
-    # "namespace/name" may be a Hub repository; anything else can only have meant a local path.
-    if str(checkpoint).count("/") != 1 or path.parent.is_dir() or path.suffix:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(checkpoint)) or path.suffix == ".safetensors":
         raise OSError(
             f"No weights at {path}: no such file. Expected a folder with config.json and model.safetensors, a "
             '.safetensors file, or a Hub repository "namespace/name".'
@@ -186,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="also write tokens and embeddings here")
     parser.add_argument("--untrained", action="store_true", help="random weights, to try things out without a download")
     options = parser.parse_args(arguments)
+    if options.save and not options.save.parent.is_dir():
+        parser.error(f"--save {options.save}: there is no folder {options.save.parent}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     if options.untrained:

@@ -224,7 +224,10 @@ class BatPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs,
     ):
-        """As in Transformers, but a checkpoint that does not hold exactly the model's weights is an error.
+        """As in Transformers, but a checkpoint that does not hold exactly the encoder's weights is an error.
+
+        Heads are not the encoder's: a model with a head loads from an encoder checkpoint (the head is new), and the
+        encoder loads from the checkpoint of a model whose head is named `head`.
 
         Args:
             strict: False loads what fits, leaves the rest at its initial values, and only warns.
@@ -242,19 +245,26 @@ class BatPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+        is_head_model = hasattr(model, cls.base_model_prefix)
+        heads = {name for name, _ in model.named_children()} - {cls.base_model_prefix} if is_head_model else {"head"}
         # Transformers 4 lists the names of misshapen weights, 5 adds their shapes; both log the shapes they found.
-        misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+        misshapen = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         problems = {
-            "missing": sorted(info["missing_keys"]),
-            "unexpected": sorted(info["unexpected_keys"]),
-            "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
+            "missing": info["missing_keys"],
+            "unexpected": info["unexpected_keys"],
+            "misshapen": [] if ignore_mismatched_sizes else misshapen,
         }
+        problems = {
+            kind: sorted(name for name in names if name.partition(".")[0] not in heads)
+            for kind, names in problems.items()
+        }
+        problems["misshapen"] = [f"{name} (expected {shapes[name]})" for name in problems["misshapen"]]
         if strict and any(problems.values()):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
+            source = pretrained_model_name_or_path or "given as state_dict"
             raise ValueError(
-                f"The checkpoint {pretrained_model_name_or_path} does not hold the weights of this "
-                f"{cls.__name__}:{listing}\nIs it a BAT checkpoint, and does its config.json belong to it? "
+                f"The checkpoint {source} does not hold the weights of this {cls.__name__}:{listing}\nIs it a BAT checkpoint, and does its config.json belong to it? "
                 "from_pretrained(..., strict=False) loads what fits and leaves the rest untrained."
             )
         return (model, info) if output_loading_info else model

@@ -8,6 +8,7 @@ Shapes: B clips, T frames, M mel bands.
 
 import io
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,7 @@ HOP_LENGTH = 160  # samples between frames, 10 ms
 N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
+MAX_AMPLITUDE = 1e15  # far above any audio; larger samples overflow the power spectrum
 MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
 POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
 NUM_FRAMES = 1024  # frames of one picture, 10.24 s
@@ -39,7 +41,7 @@ EXPECTED_AUDIO = (
 
 
 def load_audio(
-    source: str | Path | bytes | BinaryIO,
+    source: str | Path | bytes | bytearray | BinaryIO,
     start: float = 0.0,
     duration: float | None = None,
     sampling_rate: int = SAMPLE_RATE,
@@ -47,8 +49,8 @@ def load_audio(
     """Read a sound file as mono float32 samples in -1..1: (samples,).
 
     Decoded by soundfile (WAV, FLAC, OGG, MP3, ...), channels averaged, resampled by soxr HQ as in BAT's training.
-    A truncated FLAC file is refused, a truncated MP3 file gives a warning, truncated WAV and OGG files just end early.
-    An MP3 file without a length in its header has the length that libsndfile estimates from its first bit rate.
+    Truncated WAV and FLAC files are refused and a truncated MP3 file gives a warning; OGG tells no length.
+    An MP3 file of variable bit rate without a length in its header ends where libsndfile takes it to end, maybe early.
 
     Args:
         source: path, the bytes of a file, or a binary file object.
@@ -70,8 +72,13 @@ def load_audio(
         raise ValueError(f"{name}: start={start} must be at least 0 s and duration={duration} above 0 s, both finite.")
 
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes | bytearray) else source) as file:
             rate = file.samplerate
+            # libsndfile shortens a truncated WAV file to what is there, and tells so in its log alone. Recorders that
+            # cannot know the length beforehand write the largest number they can; such a file is whole.
+            cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
+            if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
+                raise ValueError(f"truncated: {cut[1]} bytes of samples expected, {cut[2]} found")
             if rate < MIN_FILE_RATE:
                 raise ValueError(f"its rate of {rate} Hz is too low for sound")
             # The part is read with a margin for the resampling filter, from a sample that lies on both rates' grids,
@@ -109,14 +116,17 @@ def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE
     CPU tensors go through soxr HQ, the resampler of BAT's training. Other devices use torchaudio's kaiser-best filter,
     whose features differ from soxr's by at most 0.1 of their 0..1 range near half the sampling rate.
     """
+    if not isinstance(waveform, torch.Tensor) or not waveform.is_floating_point() or waveform.numel() == 0:
+        got = f"{tuple(waveform.shape)} and {waveform.dtype}" if isinstance(waveform, torch.Tensor) else type(waveform)
+        raise ValueError(f"resample got {got}; expected a floating-point tensor (..., samples) that is not empty.")
     if orig_rate == new_rate:
         return waveform
     if waveform.device.type != "cpu":
         return _resample_kaiser_best(waveform, orig_rate, new_rate)
     _, soxr = _audio_libraries()
-    rows = waveform.reshape(-1, waveform.shape[-1])
+    rows = waveform.to(torch.promote_types(waveform.dtype, torch.float32)).reshape(-1, waveform.shape[-1])
     resampled = [torch.from_numpy(soxr.resample(row.numpy(), orig_rate, new_rate, quality="HQ")) for row in rows]
-    return torch.stack(resampled).unflatten(0, waveform.shape[:-1]) if waveform.ndim > 1 else resampled[0]
+    return torch.stack(resampled).reshape(*waveform.shape[:-1], -1).to(waveform.dtype)
 
 
 def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int) -> torch.Tensor:
@@ -175,9 +185,6 @@ class BatAudioProcessor(nn.Module):
         ValueError: `num_frames` is not a positive multiple of 16.
     """
 
-    load_audio = staticmethod(load_audio)
-    resample = staticmethod(resample)
-
     def __init__(
         self,
         num_frames: int | None = NUM_FRAMES,
@@ -189,8 +196,8 @@ class BatAudioProcessor(nn.Module):
         top_db: float = TOP_DB,
     ):
         super().__init__()
-        if num_frames is not None and (num_frames < 1 or num_frames % PATCH_FRAMES):
-            raise ValueError(f"num_frames={num_frames} must be a positive multiple of {PATCH_FRAMES}, or None.")
+        if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1 or num_frames % PATCH_FRAMES):
+            raise ValueError(f"num_frames={num_frames!r} must be a positive multiple of {PATCH_FRAMES}, or None.")
         self.num_frames = num_frames
         self.sample_rate = sample_rate
         self.n_fft = n_fft
@@ -198,6 +205,14 @@ class BatAudioProcessor(nn.Module):
         self.top_db = top_db
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
+
+    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
+        """The function `load_audio`, at this processor's rate."""
+        return load_audio(source, start, duration, self.sample_rate)
+
+    def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
+        """The function `resample`, to this processor's rate."""
+        return resample(waveform, orig_rate, self.sample_rate)
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Features (B, 1, num_frames, n_mels) in 0..1 of mono clips of one length.
@@ -264,10 +279,13 @@ class BatAudioProcessor(nn.Module):
                 f"({shortest / self.sample_rate:.3f} s) are needed. Zero-pad a clip that is meant to be so short."
             )
         waveform = waveform.float().reshape(-1, samples)
-        finite = waveform.isfinite().all(dim=1)
-        if not finite.all():
-            bad = [places[row] if places else row for row in (~finite).nonzero().flatten().tolist()]
-            raise ValueError(f"{got}: NaN or infinite samples in clip {', '.join(map(str, bad))} of the batch.")
+        usable = waveform.abs().amax(dim=1) <= MAX_AMPLITUDE  # not true of NaN either
+        if not usable.all():
+            bad = [places[row] if places else row for row in (~usable).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"{got}: NaN, infinite or huge samples (above {MAX_AMPLITUDE:g}) in clip {', '.join(map(str, bad))}; "
+                f"{expected}, in -1..1."
+            )
         return waveform
 
 
@@ -288,8 +306,6 @@ class BatFeatureExtractor(FeatureExtractionMixin):
     """
 
     model_input_names = ["input_features"]
-    load_audio = staticmethod(load_audio)
-    resample = staticmethod(resample)
 
     def __init__(
         self,
@@ -317,11 +333,22 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         self.padding_value = padding_value
         self.padding_side = padding_side
         self.return_attention_mask = return_attention_mask
-        self.processor = BatAudioProcessor(num_frames, sampling_rate, n_fft, hop_length, n_mels, f_min, top_db)
+        _ = self.processor  # refuses wrong settings here
 
-    def to_dict(self) -> dict:
-        """The settings, without the processor that is built from them."""
-        return {key: value for key, value in super().to_dict().items() if key != "processor"}
+    @property
+    def processor(self) -> BatAudioProcessor:
+        """A processor with the present settings; its tables cost next to nothing to make."""
+        return BatAudioProcessor(
+            self.num_frames, self.sampling_rate, self.n_fft, self.hop_length, self.n_mels, self.f_min, self.top_db
+        )
+
+    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
+        """The function `load_audio`, at this extractor's rate."""
+        return load_audio(source, start, duration, self.sampling_rate)
+
+    def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
+        """The function `resample`, to this extractor's rate."""
+        return resample(waveform, orig_rate, self.sampling_rate)
 
     def __call__(
         self,
@@ -364,7 +391,8 @@ class BatFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"return_tensors={return_tensors!r} is not known; expected 'pt', 'np' or None.")
 
         groups = self._group_by_length(raw_speech, device)
-        features = [self.processor.log_mel(batch, places) for batch, places in groups]
+        processor = self.processor
+        features = [processor.log_mel(batch, places) for batch, places in groups]
         num_frames = self.num_frames if padding == "max_length" else None
         if num_frames is None:
             longest = max(features, key=lambda group: group.shape[2])
@@ -400,7 +428,7 @@ class BatFeatureExtractor(FeatureExtractionMixin):
 
 
 def _as_tensor(clip, device: str | torch.device | None, name: str = "audio") -> torch.Tensor:
-    """A tensor, array or list of numbers as a tensor; a copy, because arrays may be read-only, reversed or big-endian."""
+    """A tensor, array or list of numbers as a tensor; arrays, which may be read-only or reversed, are copied."""
     if not isinstance(clip, torch.Tensor):
         try:
             array = np.asarray(clip)

@@ -6,6 +6,8 @@ from conftest import TESTS, load_golden, run_python
 from hub_server import HubServer
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 AUTO_MODEL = """
 import torch
 from transformers import AutoModel

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from bat_audio.tools.demo import demo
 from conftest import ROOT, run_python, tiny_model
 from hub_server import SHORT_PAUSES, HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from bat_audio import BatAudioProcessor, BatModel, load_audio_processor, load_model, load_pretrained_encoder
+from bat_audio.tools.demo import demo
 
 POISON = b"raise SystemExit('code of the Hub repository was run')"
 # Loads what each line of standard input asks for; one interpreter serves many tests.
@@ -109,9 +109,10 @@ def test_revision_and_other_repositories(hub, load):
     missing = load(revision="0" * 40)
     assert missing["error"] == "OSError"
     assert "0" * 40 in missing["message"]
-    unknown = load(checkpoint="nobody/nothing")
-    assert unknown["error"] == "OSError"
-    assert "nobody/nothing" in unknown["message"]
+    for name in ("nobody/nothing", "someone/bat-v1.5"):
+        unknown = load(checkpoint=name)
+        assert unknown["error"] == "OSError"
+        assert f"{hub.endpoint}/{name} at revision main" in unknown["message"]
 
 
 @pytest.mark.parametrize("fault", [{"gated": True}, {"status": 503}])
@@ -226,6 +227,23 @@ def test_missing_checkpoint_is_an_error(tmp_path, monkeypatch, checkpoint):
         load_pretrained_encoder(checkpoint=tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"text", "cut"])
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors"])
+def test_damaged_checkpoint_is_an_error_that_names_the_file(folder, name, content):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / name).write_bytes(weights[: len(weights) // 2] if content == "cut" else content)
+    with pytest.raises(OSError, match=f"{name} is not a whole safetensors file"):
+        load_pretrained_encoder(checkpoint=folder / name)
+
+
+def test_contradictory_options_are_refused(folder):
+    for options in ({"checkpoint": folder}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="untrained=True takes no checkpoint"):
+            load_pretrained_encoder(untrained=True, **options)
+    with pytest.raises(ValueError, match="revision='main' belongs to a Hub repository"):
+        load_pretrained_encoder(checkpoint=folder, revision="main")
+
+
 def test_foreign_config_is_refused(folder):
     (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="model_type is 'vit', not 'bat'"):
@@ -294,6 +312,13 @@ def test_command_line_without_weights_fails_with_one_line(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: No weights at")
+
+
+def test_command_line_checks_the_place_to_save_first(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_model.main(["x.wav", "--untrained", "--save", str(tmp_path / "nowhere" / "out.safetensors")])
+    assert stop.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_command_line_untrained_says_so_before_and_after(capsys):

@@ -9,7 +9,7 @@ from conftest import ROOT, TESTS, run_python, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from bat_audio import BatConfig, BatModel
+from bat_audio import BatConfig, BatModel, BatPreTrainedModel
 
 
 @pytest.fixture
@@ -94,6 +94,46 @@ def test_lenient_load_initializes_what_is_missing_and_nothing_else(saved, load):
         assert torch.equal(tensor, initial[name] if name in missing else model.state_dict()[name]), name
 
 
+class HeadModel(BatPreTrainedModel):
+    """What a user puts on top of the encoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bat = BatModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+
+def test_head_model_and_encoder_load_from_each_other(saved, tmp_path):
+    folder, encoder = saved
+    with_head, info = HeadModel.from_pretrained(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"head.weight", "head.bias"}
+    with_head.save_pretrained(tmp_path / "head")
+    for model in (with_head.bat, BatModel.from_pretrained(tmp_path / "head")):
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+    again = HeadModel.from_pretrained(tmp_path / "head")
+    assert torch.equal(again.head.weight, with_head.head.weight)
+
+
+@pytest.mark.parametrize("load", [HeadModel.from_pretrained, BatModel.from_pretrained])
+def test_encoder_faults_are_found_across_head_and_encoder(saved, tmp_path, load):
+    folder, _ = saved
+    if load.__self__ is BatModel:
+        HeadModel.from_pretrained(folder).save_pretrained(tmp_path / "head")
+        folder = tmp_path / "head"
+    weights = load_file(folder / "model.safetensors")
+    prefix = "bat." if "bat.cls_token" in weights else ""
+
+    def spoil(weights):
+        del weights[f"{prefix}blocks.0.attn.gate.weight"]
+        weights[f"{prefix}blocks.7.norm1.weight"] = torch.zeros(32)
+
+    change_weights(folder, spoil)
+    with pytest.raises(ValueError, match=r"1 missing: .*blocks.0.attn.gate.weight\n.*1 unexpected: .*blocks.7.norm1"):
+        load(folder)
+
+
 def test_loading_info_is_returned_when_asked_for(saved):
     folder, _ = saved
     model, info = BatModel.from_pretrained(folder, output_loading_info=True)
@@ -121,6 +161,10 @@ def test_config_written_by_the_other_major_version_is_the_same(major):
     assert BatConfig.from_pretrained(TESTS / "golden" / f"config_transformers{major}") == expected
 
 
+AUTO_MAPS = {
+    "config.json": {"AutoConfig": "configuration_bat.BatConfig", "AutoModel": "modeling_bat.BatModel"},
+    "preprocessor_config.json": {"AutoFeatureExtractor": "processing_bat.BatFeatureExtractor"},
+}
 SAVE_AND_LOAD = """
 import sys, torch
 from pathlib import Path
@@ -155,14 +199,7 @@ def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
     assert {"configuration_bat.py", "modeling_bat.py", "processing_bat.py"} <= set(json.loads(files.replace("'", '"')))
     for reference in ("config.json", "preprocessor_config.json"):
         auto_map = json.loads((tmp_path / "out" / reference).read_text())["auto_map"]
-        assert (
-            auto_map.items()
-            <= {
-                "AutoConfig": "configuration_bat.BatConfig",
-                "AutoModel": "modeling_bat.BatModel",
-                "AutoFeatureExtractor": "processing_bat.BatFeatureExtractor",
-            }.items()
-        )
+        assert auto_map == AUTO_MAPS[reference]
     original, copied = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert original.keys() == copied.keys()
     assert all(torch.equal(original[name], copied[name]) for name in original)

@@ -6,9 +6,10 @@ import weakref
 
 import pytest
 import torch
+from conftest import tiny_config, tiny_model
+
 from bat_audio import BatModel
 from bat_audio.modeling_bat import BatBlock, BatDropPath
-from conftest import tiny_config, tiny_model
 
 CHUNK = 64  # frames of one chunk of the tiny model
 CLOSE = {"rtol": 0, "atol": 5e-6}
@@ -238,7 +239,7 @@ def test_flash_attention_is_declared():
     """The flag lets Transformers choose it; without the package or a GPU its own error says what is missing."""
     assert BatModel._supports_flash_attn
     if not torch.cuda.is_available():
-        with pytest.raises((ImportError, ValueError), match="(?i)flash"):
+        with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
             tiny_model(attn_implementation="flash_attention_2")
 
 
@@ -418,6 +419,15 @@ def test_compiles_without_graph_breaks(case):
     plain = model(features, **options)
     for key, value in plain.items():
         torch.testing.assert_close(compiled[key], value, **CLOSE, msg=key)
+
+
+def test_one_compiled_model_takes_many_lengths():
+    torch.compiler.reset()
+    model = tiny_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for frames in (16, 48, CHUNK, CHUNK + 16, 2 * CHUNK, 3 * CHUNK + 32):
+        features = random_features(2, 1, frames, 128)
+        torch.testing.assert_close(compiled(features).last_hidden_state, model(features).last_hidden_state, **CLOSE)
 
 
 def test_training_step_compiles_without_graph_breaks():

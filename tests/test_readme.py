@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, run, run_python
 from hub_server import HubServer
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SIZES = re.compile(r"torch\.Size\(\[[\d, ]+\]\)")
@@ -43,7 +45,7 @@ def test_snippet_prints_what_it_says(number, clone, installed_folder):
 
 def test_load_model_transcript(clone):
     folder, environment = clone
-    command = re.search(r"^python (load_model\.py .*)$", README, re.MULTILINE)[1].split()
+    command = re.search(r"^\.venv/bin/python (load_model\.py .*)$", README, re.MULTILINE)[1].split()
     transcript = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1]
     printed = run([sys.executable, *command], cwd=folder, **environment).stdout
     for line, expected in zip(printed.splitlines(), transcript.splitlines(), strict=True):
@@ -54,9 +56,7 @@ def test_hf_download_command(clone, tmp_path):
     folder, environment = clone
     command = re.search(r"^hf (download .*)$", README, re.MULTILINE)[1].split()
     run([str(Path(sys.executable).parent / "hf"), *command], cwd=tmp_path, **environment)
-    assert (tmp_path / "model.safetensors").samefile(folder / "model.safetensors") or (
-        (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    )
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_make_targets_and_extras_of_the_readme_exist():

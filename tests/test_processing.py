@@ -1,0 +1,636 @@
+"""The front end: features equal torchaudio's, belong to their clip alone, and wrong audio is refused in plain words."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoFeatureExtractor, AutoProcessor
+
+import bat_audio
+from bat_audio import BatAudioProcessor, BatConfig, BatFeatureExtractor, processing_bat
+
+RATE = 16000
+EQUAL = {"rtol": 0, "atol": 1e-6}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DTYPES = [np.float32, np.float64, np.float16, np.int16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many short clips: the threads of parallel test processes would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def chirp(samples: int, first: float = 50, last: float = 7900) -> torch.Tensor:
+    t = torch.arange(samples, dtype=torch.float64) / samples
+    phase = 2 * torch.pi * samples / RATE * (first * t + (last - first) / 2 * t**2)
+    return 0.5 * phase.sin().float()
+
+
+def voice(samples: int, seed: int = 0) -> torch.Tensor:
+    """A tone in noise: its features span many dB at every loudness, so that rounding stays far below 1e-6."""
+    return noise(samples, seed=seed) + 0.5 * torch.sin(0.1 * (1 + seed % 7) * torch.arange(samples))
+
+
+def extract(audio, **options) -> torch.Tensor:
+    """Features of an extractor of 64 frames, which cuts clips of 10240 samples and more."""
+    options = {"sampling_rate": RATE, "return_tensors": "pt", **options}
+    return BatFeatureExtractor(num_frames=64)(audio, **options).input_features
+
+
+def torchaudio_features(waveform: torch.Tensor, top_db: float = 80, **settings) -> torch.Tensor:
+    """Features (1, 1, T, n_mels) of one clip (samples,), uncut, from torchaudio's transforms."""
+    transforms = torchaudio_module("transforms")
+    settings = {"sample_rate": RATE, "n_fft": 1024, "hop_length": 160, "n_mels": 128, "f_min": 0.0, **settings}
+    mel = transforms.MelSpectrogram(**settings, power=2)(waveform[None, None])
+    decibel = transforms.AmplitudeToDB("power", top_db=top_db)(mel)
+    return ((decibel - decibel.min()) / (decibel.max() - decibel.min() + 1e-8)).transpose(2, 3)
+
+
+def torchaudio_module(name: str):
+    try:
+        import torchaudio.functional
+        import torchaudio.transforms
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises all three
+        pytest.skip(f"torchaudio cannot be imported: {error}")
+    return getattr(torchaudio, name)
+
+
+# Features
+
+
+@pytest.mark.parametrize("loudness", [1, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("samples", [513, 4000, 4001, 16000, 50000])
+def test_features_equal_torchaudio(samples, loudness):
+    """At -120 dB only 20 dB are left between clip and floor, which magnifies the rounding of torchaudio's filters."""
+    for waveform in (voice(samples), noise(samples) + chirp(samples), chirp(samples)):
+        expected = torchaudio_features(loudness * waveform)
+        features = BatAudioProcessor().log_mel(loudness * waveform)
+        torch.testing.assert_close(features, expected, rtol=0, atol=2e-5 if loudness > 1e-6 else 5e-5)
+
+
+@pytest.mark.parametrize("samples", [5000, 20000])
+def test_padding_comes_after_normalising(samples):
+    waveform = noise(samples)
+    expected = torchaudio_features(waveform)[:, :, :64]
+    expected = torch.nn.functional.pad(expected, (0, 0, 0, 64 - expected.shape[2]))
+    torch.testing.assert_close(BatAudioProcessor(num_frames=64)(waveform), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sample_rate", "n_fft", "n_mels", "f_min"),
+    [(16000, 1024, 128, 0.0), (16000, 400, 40, 0.0), (16000, 1024, 128, 50.0), (48000, 2048, 64, 20.0)],
+)
+def test_mel_filters_equal_torchaudio(sample_rate, n_fft, n_mels, f_min):
+    expected = torchaudio_module("functional").melscale_fbanks(
+        n_fft // 2 + 1, f_min, sample_rate / 2, n_mels, sample_rate, norm=None, mel_scale="htk"
+    )
+    filters = processing_bat.htk_mel_filters(sample_rate, n_fft, n_mels, f_min)
+    torch.testing.assert_close(filters, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_fft": 512, "n_mels": 40}, {"hop_length": 320}, {"f_min": 300.0}, {"top_db": 30.0}, {"n_mels": 64}],
+)
+def test_settings_reach_the_result(changes):
+    waveform = voice(8000)
+    expected = torchaudio_features(waveform, **changes)
+    torch.testing.assert_close(BatAudioProcessor(**changes).log_mel(waveform), expected, rtol=0, atol=2e-5)
+    features = BatFeatureExtractor(**changes, num_frames=16)(waveform, sampling_rate=RATE, return_tensors="pt")
+    torch.testing.assert_close(features.input_features, expected[:, :, :16], rtol=0, atol=2e-5)
+
+
+def test_another_sampling_rate_reaches_the_result():
+    waveform = voice(8000)
+    extractor = BatFeatureExtractor(sampling_rate=8000, num_frames=48, n_mels=64)
+    features = extractor(waveform, sampling_rate=8000, return_tensors="pt").input_features
+    expected = torchaudio_features(waveform, sample_rate=8000, n_mels=64)[:, :, :48]
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="at 16000 Hz, but BAT needs 8000 Hz"):
+        extractor(waveform, sampling_rate=16000)
+
+
+@given(seed=st.integers(0, 1000), samples=st.integers(513, 5000), loudness=st.floats(-12, 2))
+@settings(max_examples=100, deadline=None)
+def test_values_span_0_to_1(seed, samples, loudness):
+    features = BatAudioProcessor().log_mel(10**loudness * voice(samples, seed))
+    assert features.min() == 0
+    assert features.max() <= 1
+    assert features.max() > 0.999 or features.max() == 0  # all below -100 dB: as silence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16])
+def test_silence_gives_zeros(dtype):
+    assert not BatAudioProcessor(num_frames=32)(torch.zeros(3, 3000, dtype=dtype)).any()
+    assert not extract(np.zeros(3000)).any()
+
+
+@given(gain=st.floats(0.01, 1), samples=st.integers(513, 5000))
+@settings(max_examples=100, deadline=None)
+def test_loudness_of_a_loud_clip_does_not_matter(gain, samples):
+    """While the clip's maximum is above -20 dB, the floor 80 dB below it hides the absolute one at -100 dB."""
+    waveform, processor = voice(samples), BatAudioProcessor()
+    assert processor._mel_power(gain * waveform[None]).max() > 1e-2
+    torch.testing.assert_close(processor.log_mel(gain * waveform), processor.log_mel(waveform), rtol=0, atol=1e-4)
+
+
+def test_absolute_floor_shows_in_quiet_clips():
+    processor, waveform = BatAudioProcessor(), chirp(5000)
+    assert (processor.log_mel(1e-5 * waveform) - processor.log_mel(waveform)).abs().max() > 0.1
+
+
+# Every clip is treated alone
+
+CLIPS = st.lists(
+    st.tuples(st.integers(0, 1000), st.floats(-6, 0), st.integers(513, 20000), st.sampled_from(DTYPES)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def make_clip(seed: int, loudness: float, samples: int, dtype) -> np.ndarray:
+    waveform = 10**loudness * voice(samples, seed).numpy()
+    return (waveform * 32767).round().clip(-32768, 32767).astype(dtype) if dtype == np.int16 else waveform.astype(dtype)
+
+
+def expected_features(clips: list[np.ndarray], num_frames: int) -> torch.Tensor:
+    """Every clip's features on their own, cut, and padded with zeros by hand."""
+    expected = torch.zeros(len(clips), 1, num_frames, 128)
+    for row, clip in zip(expected, clips, strict=True):
+        alone = BatAudioProcessor().log_mel(torch.from_numpy(clip))[0, :, :num_frames]
+        row[:, : alone.shape[1]] = alone
+    return expected
+
+
+@given(clips=CLIPS)
+@settings(max_examples=50, deadline=None)
+def test_neighbours_in_a_list_do_not_matter(clips):
+    clips = [make_clip(*clip) for clip in clips]
+    longest = -(-(max(map(len, clips)) // 160 + 1) // 16) * 16
+    for padding, num_frames in (("max_length", 64), ("longest", longest)):
+        expected = expected_features(clips, num_frames)
+        for form in (clips, tuple(torch.from_numpy(clip) for clip in clips)):
+            features = extract(form, padding=padding)
+            torch.testing.assert_close(features, expected, **EQUAL)
+            for row, clip in zip(features, clips, strict=True):
+                assert not row[:, len(clip) // 160 + 1 :].any()
+
+
+@given(clips=CLIPS, samples=st.integers(513, 20000), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=50, deadline=None)
+def test_neighbours_in_an_array_do_not_matter(clips, samples, dtype):
+    batch = np.stack([make_clip(seed, loudness, samples, dtype) for seed, loudness, _, _ in clips])
+    expected = expected_features(list(batch), 64)
+    torch.testing.assert_close(BatAudioProcessor(64)(torch.from_numpy(batch)), expected, **EQUAL)
+    torch.testing.assert_close(extract(batch), expected, **EQUAL)
+    torch.testing.assert_close(extract(list(batch)), expected, **EQUAL)
+
+
+def test_loud_neighbour_does_not_lift_a_quiet_clip():
+    """The maximum over the whole batch would erase a clip that is more than 80 dB quieter."""
+    quiet = 1e-5 * voice(5000)
+    together = BatAudioProcessor(32)(torch.stack([quiet, voice(5000, seed=1)]))
+    assert (together[0] > 0.5).any()
+    torch.testing.assert_close(together[:1], BatAudioProcessor(32)(quiet), **EQUAL)
+
+
+def test_order_of_a_list_is_kept():
+    lengths = [2000, 700, 2000, 5000, 700, 5000, 600]
+    clips = [voice(samples, seed) for seed, samples in enumerate(lengths)]
+    features = extract(clips)
+    for row, clip in zip(features, clips, strict=True):
+        torch.testing.assert_close(row, extract(clip)[0], **EQUAL)
+    torch.testing.assert_close(extract(clips[::-1]), features.flip(0), **EQUAL)
+
+
+# Forms of audio
+
+
+def test_shapes_of_a_waveform_are_equal():
+    waveform, processor = noise(2, 3000), BatAudioProcessor(32)
+    expected = processor(waveform)
+    for read in (processor, lambda audio: extract(audio)[:, :, :32]):
+        assert torch.equal(read(waveform[:, None]), expected)
+        torch.testing.assert_close(read(waveform[0]), expected[:1], **EQUAL)
+        torch.testing.assert_close(read(waveform[:1, None]), expected[:1], **EQUAL)
+
+
+def test_int16_is_the_float_over_32768():
+    waveform = torch.randint(-32768, 32768, (2, 3000), generator=torch.Generator().manual_seed(0))
+    processor = BatAudioProcessor(32)
+    assert torch.equal(processor(waveform.short()), processor(waveform.float() / 32768))
+    assert torch.equal(extract(waveform.short().numpy()), extract((waveform.double() / 32768).numpy()))
+
+
+def test_forms_of_one_clip_are_equal():
+    waveform = noise(3000)
+    array = waveform.numpy()
+    expected = extract(waveform)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    strided = np.zeros((3000, 3), dtype=np.float32)
+    strided[:, 1] = array
+    forms = {
+        "array": array,
+        "float64": array.astype(np.float64),
+        "read-only": read_only,
+        "negative stride": array[::-1].copy()[::-1],
+        "not contiguous": strided[:, 1],
+        "big-endian": array.astype(">f4"),
+        "broadcast": np.broadcast_to(array, (1, 3000)),
+        "Fortran order": np.asfortranarray(array[None]),
+        "list of floats": array.tolist(),
+        "tuple of floats": tuple(array.tolist()),
+        "list of numpy floats": list(array),
+        "list of an array": [array],
+        "list of a list": [array.tolist()],
+        "list of a tensor": [waveform],
+        "tensor not contiguous": torch.from_numpy(strided)[:, 1],
+        "double tensor": waveform.double(),
+    }
+    for name, form in forms.items():
+        assert torch.equal(extract(form), expected), name
+
+
+def test_waveform_is_left_as_it_was():
+    waveform = noise(2, 3000)
+    before = waveform.clone()
+    BatAudioProcessor(32)(waveform)
+    extract(waveform.numpy())
+    assert torch.equal(waveform, before)
+
+
+# Frames
+
+
+@pytest.mark.parametrize("samples", [513, 639, 640, 17759, 17760, 17920, 81920, 170000])
+def test_cutting_and_padding(samples):
+    waveform = noise(samples)
+    whole = BatAudioProcessor().log_mel(waveform)
+    frames = samples // 160 + 1
+    assert whole.shape == (1, 1, frames, 128)
+    for num_frames in (16, 112, 512, 1024, None):
+        features = BatAudioProcessor(num_frames)(waveform)
+        assert features.shape[2] == (num_frames or -(-frames // 16) * 16)
+        assert torch.equal(features[:, :, :frames], whole[:, :, : features.shape[2]])
+        assert not features[:, :, frames:].any()
+
+
+def test_normalised_over_the_whole_clip_before_cutting():
+    waveform = 0.01 * noise(30000)
+    waveform[20000:] *= 1000
+    cut = BatAudioProcessor(64)(waveform)
+    assert torch.equal(cut, BatAudioProcessor(None)(waveform)[:, :, :64])
+    assert cut.max() < 0.7
+    assert BatAudioProcessor(64)(waveform[:10240]).max() > 0.999
+
+
+@pytest.mark.parametrize("num_frames", [10, 0, -16, 1023])
+def test_broken_patches_are_refused(num_frames):
+    for build in (BatAudioProcessor, lambda n: BatFeatureExtractor(num_frames=n)):
+        with pytest.raises(ValueError, match=rf"num_frames={num_frames} must be a positive multiple of 16"):
+            build(num_frames)
+
+
+@pytest.mark.parametrize("block_frames", [1, 7, 10**6])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_blocks_do_not_matter(monkeypatch, clips, block_frames):
+    waveform = noise(clips, 60000)
+    expected = BatAudioProcessor().log_mel(waveform)
+    monkeypatch.setattr(processing_bat, "BLOCK_FRAMES_CPU", block_frames)
+    torch.testing.assert_close(BatAudioProcessor().log_mel(waveform), expected, **EQUAL)
+
+
+# The extractor
+
+
+def test_wrong_sampling_rate_is_refused():
+    for rate in (44100, 8000, 0):
+        with pytest.raises(ValueError, match=rf"audio at {rate} Hz, but BAT needs 16000 Hz. Resample"):
+            BatFeatureExtractor()(noise(3000), sampling_rate=rate)
+
+
+def test_missing_sampling_rate_gives_a_warning(caplog):
+    assert torch.equal(extract(noise(3000), sampling_rate=None), extract(noise(3000)))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no sampling_rate and takes the audio to be at 16000 Hz" in caplog.text
+
+
+def test_return_types_hold_equal_values():
+    clips = [noise(3000), noise(700, seed=1)]
+    tensor = extract(clips)
+    array = extract(clips, return_tensors="np")
+    arrays = extract(clips, return_tensors=None)
+    assert isinstance(array, np.ndarray)
+    assert np.array_equal(array, tensor.numpy())
+    assert isinstance(arrays, list)
+    assert all(isinstance(clip, np.ndarray) for clip in arrays)
+    assert np.array_equal(np.stack(arrays), array)
+    assert array.dtype == np.float32
+    assert extract(noise(3000).requires_grad_(), return_tensors="np").dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("return_tensors", "tf"), ("return_tensors", "jax"), ("padding", True), ("padding", "short")]
+)
+def test_unknown_options_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option}={value!r} is not known; expected"):
+        extract(noise(3000), **{option: value})
+
+
+def test_num_frames_none_is_as_long_as_the_longest_clip():
+    extractor, clips = BatFeatureExtractor(num_frames=None), [noise(3000), noise(9000)]
+    features = extractor(clips, sampling_rate=RATE, return_tensors="pt").input_features
+    assert torch.equal(features, extract(clips, padding="longest"))
+    assert features.shape[2] == 64
+
+
+def test_device_argument_keeps_the_values():
+    assert torch.equal(extract(noise(3000), device="cpu"), extract(noise(3000)))
+    assert torch.equal(extract([noise(3000).numpy()], device=torch.device("cpu")), extract(noise(3000)))
+
+
+@needs_cuda
+def test_cuda_equals_cpu():
+    clips = [noise(3000), 1e-4 * voice(20000), noise(3000, seed=1)]
+    expected = extract(clips)
+    on_device = extract(clips, device="cuda")
+    from_device = extract([clip.cuda() for clip in clips])
+    module = BatAudioProcessor(64).cuda()(clips[1].cuda())
+    tables_on_cpu = BatAudioProcessor(64)(clips[1].cuda())
+    for features in (on_device, from_device, module, tables_on_cpu):
+        assert features.device.type == "cuda"
+    assert isinstance(extract(clips, device="cuda", return_tensors="np"), np.ndarray)
+    for features in (on_device, from_device):
+        torch.testing.assert_close(features.cpu(), expected, rtol=0, atol=1e-4)
+    for features in (module, tables_on_cpu):
+        torch.testing.assert_close(features.cpu(), expected[1:2], rtol=0, atol=1e-4)
+
+
+@needs_cuda
+def test_cuda_names_the_broken_clip():
+    clips = [noise(600).cuda(), torch.full((600,), torch.nan).cuda()]
+    with pytest.raises(ValueError, match="NaN or infinite samples in clip 1"):
+        extract(clips)
+
+
+CHANGED = {"num_frames": 112, "n_fft": 512, "hop_length": 320, "f_min": 100.0, "top_db": 60.0, "n_mels": 64}
+
+
+@pytest.mark.parametrize("changes", [{}, CHANGED, {"num_frames": None}])
+def test_saving_and_loading(tmp_path, changes):
+    extractor, clips = BatFeatureExtractor(**changes), [noise(3000), noise(9000)]
+    extractor.save_pretrained(tmp_path)
+    BatConfig().save_pretrained(tmp_path)  # AutoProcessor of Transformers 4 asks for it
+    expected = extractor(clips, sampling_rate=RATE, return_tensors="pt").input_features
+    for load in (BatFeatureExtractor, AutoFeatureExtractor, AutoProcessor):
+        loaded = load.from_pretrained(tmp_path)
+        assert type(loaded) is bat_audio.BatFeatureExtractor
+        assert settings_of(loaded) == settings_of(extractor)
+        assert torch.equal(loaded(clips, sampling_rate=RATE, return_tensors="pt").input_features, expected)
+
+
+def settings_of(extractor: BatFeatureExtractor) -> dict:
+    """What is written to preprocessor_config.json, without what loading and saving add."""
+    return {key: value for key, value in json.loads(extractor.to_json_string()).items() if key != "auto_map"}
+
+
+def test_options_of_loading_reach_the_processor(tmp_path):
+    BatFeatureExtractor().save_pretrained(tmp_path)
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path, num_frames=112, top_db=60.0)
+    assert extractor.num_frames == extractor.processor.num_frames == 112
+    assert extractor.processor.top_db == 60
+
+
+def test_settings_are_plain_json():
+    extractor = BatFeatureExtractor(**CHANGED)
+    assert "processor" not in extractor.to_dict()
+    assert json.loads(json.dumps(extractor.to_dict())) == extractor.to_dict()
+    assert settings_of(extractor).items() >= CHANGED.items()
+    rebuilt = BatFeatureExtractor.from_dict(json.loads(extractor.to_json_string()))
+    assert settings_of(rebuilt) == settings_of(extractor)
+
+
+def test_published_settings_are_the_defaults():
+    published = json.loads((ROOT / "preprocessor_config.json").read_text())
+    assert published.pop("auto_map") == {"AutoFeatureExtractor": "processing_bat.BatFeatureExtractor"}
+    assert published == settings_of(BatFeatureExtractor())
+
+
+def test_copies_work_as_the_original():
+    waveform = noise(3000)
+    for original in (BatFeatureExtractor(num_frames=64), BatAudioProcessor(64)):
+        copies = (copy.deepcopy(original), pickle.loads(pickle.dumps(original)))
+        for clone in copies:
+            features = clone(waveform) if isinstance(clone, BatAudioProcessor) else extract_with(clone, waveform)
+            assert torch.equal(features, extract(waveform))
+
+
+def extract_with(extractor: BatFeatureExtractor, waveform: torch.Tensor) -> torch.Tensor:
+    return extractor(waveform, sampling_rate=RATE, return_tensors="pt").input_features
+
+
+# The module
+
+
+def test_processor_has_nothing_to_save_or_train():
+    processor = BatAudioProcessor()
+    assert not processor.state_dict()
+    assert not list(processor.parameters())
+    assert torch.equal(processor.to("cpu")(noise(3000)), BatAudioProcessor()(noise(3000)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_are_float32_under_autocast(dtype):
+    waveform, processor = torch.ones(1, 3000) * voice(3000).sign(), BatAudioProcessor(32)  # power above float16's range
+    with torch.autocast("cpu", dtype=dtype):
+        features = processor(waveform)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, processor(waveform))
+
+
+def test_features_are_float32_whatever_the_module_s_dtype():
+    waveform = noise(3000)
+    expected = BatAudioProcessor(32)(waveform)
+    torch.set_default_dtype(torch.float64)
+    try:
+        features = [BatAudioProcessor(32)(waveform), extract(waveform)[:, :, :32]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    features.append(BatAudioProcessor(32).double()(waveform.double()))
+    for values in features:
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, expected, **EQUAL)
+    torch.testing.assert_close(BatAudioProcessor(32).half()(waveform), expected, rtol=0, atol=2e-3)
+
+
+def test_gradients_reach_the_waveform():
+    direction = noise(2, 3000, seed=1)
+    waveform = noise(2, 3000).requires_grad_()
+    weights = torch.rand(2, 1, 32, 128, generator=torch.Generator().manual_seed(0))
+
+    def score(audio: torch.Tensor) -> torch.Tensor:
+        return (BatAudioProcessor(32)(audio) * weights).sum()
+
+    score(waveform).backward()
+    assert waveform.grad.isfinite().all()
+    assert (waveform.grad.abs().amax(1) > 0).all()
+    with torch.no_grad():
+        step = 1e-3
+        difference = (score(waveform + step * direction) - score(waveform - step * direction)) / (2 * step)
+    torch.testing.assert_close((waveform.grad * direction).sum(), difference, rtol=0.05, atol=0)
+    through_extractor = noise(2, 3000).requires_grad_()
+    (extract(through_extractor)[:, :, :32] * weights).sum().backward()
+    assert torch.equal(through_extractor.grad, waveform.grad)
+
+
+def test_gradient_of_silence_is_finite():
+    waveform = torch.zeros(1, 3000, requires_grad=True)
+    BatAudioProcessor(32)(waveform).sum().backward()
+    assert waveform.grad.isfinite().all()
+
+
+def test_compiles():
+    torch.compiler.reset()
+    processor, waveform = BatAudioProcessor(32), noise(2, 3000)
+    compiled = torch.compile(processor, backend="aot_eager")
+    torch.testing.assert_close(compiled(waveform), processor(waveform), **EQUAL)
+    with pytest.raises(ValueError, match="clip 1 of the batch"):
+        compiled(waveform * torch.tensor([[1], [torch.inf]]))
+
+
+def test_functions_are_also_static_methods():
+    for owner in (BatAudioProcessor, BatFeatureExtractor, BatAudioProcessor(), BatFeatureExtractor()):
+        assert owner.load_audio is bat_audio.load_audio is processing_bat.load_audio
+        assert owner.resample is bat_audio.resample is processing_bat.resample
+
+
+# Errors
+
+MONO = r"expected mono clips as a float or int16 tensor \(samples,\), \(batch, samples\) or \(batch, 1, samples\)"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_clips_that_are_not_finite_are_named(bad, dtype):
+    waveform = noise(4, 3000).to(dtype)
+    waveform[1, 5] = bad
+    waveform[3, -1] = bad
+    for read in (BatAudioProcessor(), extract, lambda audio: extract(audio.numpy())):
+        with pytest.raises(ValueError, match=r"\(4, 3000\).*NaN or infinite samples in clip 1, 3 of the batch"):
+            read(waveform)
+    with pytest.raises(ValueError, match=r"\(3000,\).*NaN or infinite samples in clip 0"):
+        extract(waveform[1])
+
+
+def test_clips_of_a_list_are_named_by_their_place_in_the_list():
+    """Lists are sorted by length on the way: the number must still be the caller's."""
+    clips = [noise(700), noise(600), noise(700), noise(600), noise(900)]
+    clips[3] = torch.full((600,), torch.nan)
+    with pytest.raises(ValueError, match="NaN or infinite samples in clip 3 of the batch"):
+        extract(clips)
+    clips[3] = noise(512)
+    with pytest.raises(ValueError, match=r"\(clip 3 of the list\): 512 samples are too few"):
+        extract(clips)
+    clips[3] = np.zeros(600, dtype=np.int64)
+    with pytest.raises(ValueError, match=r"int64 \(clip 3 of the list\); expected mono clips"):
+        extract(clips)
+    clips[3] = noise(600, 2)
+    with pytest.raises(ValueError, match=r"Clip 3 of the list has shape \(600, 2\).*Average the channels first"):
+        extract(clips)
+    clips[3] = "three.wav"
+    with pytest.raises(ValueError, match=r"clip 3 of the list as str 'three.wav'.*Read files with load_audio"):
+        extract(clips)
+
+
+def test_shortest_clip():
+    """Half a window and a sample, as the reflection at the ends needs."""
+    assert extract(noise(513)).any()
+    for audio in (noise(512), noise(2, 512), noise(2, 1, 1), [noise(512)]):
+        with pytest.raises(ValueError, match=r"too few for one window; at least 513 \(0.032 s\) are needed. Zero-pad"):
+            extract(audio)
+    assert BatAudioProcessor(n_fft=512)(noise(257)).any()
+    with pytest.raises(ValueError, match="at least 257"):
+        BatAudioProcessor(n_fft=512)(noise(256))
+
+
+@pytest.mark.parametrize(
+    ("waveform", "message"),
+    [
+        (torch.zeros(0), rf"shape \(0,\).*no samples; {MONO}"),
+        (torch.zeros(0, 3000), r"shape \(0, 3000\).*no samples"),
+        (torch.zeros(3, 0), r"shape \(3, 0\).*no samples"),
+        (torch.zeros(600, dtype=torch.int32), rf"torch.int32; {MONO}. Scale other integers to floats in -1..1"),
+        (torch.zeros(600, dtype=torch.int64), "torch.int64.*Scale other integers"),
+        (torch.zeros(600, dtype=torch.uint8), "torch.uint8.*Scale other integers"),
+        (torch.zeros(600, dtype=torch.bool), "torch.bool.*Scale other integers"),
+        (torch.zeros(600, dtype=torch.complex64), "torch.complex64.*complex audio is refused"),
+        (torch.zeros(3000, 2), r"shape \(3000, 2\).*looks like \(samples, channels\).*Average the channels first"),
+        (torch.zeros(3000, 1), r"shape \(3000, 1\).*looks like \(samples, channels\)"),
+        (torch.zeros(4, 2, 3000), r"shape \(4, 2, 3000\).*: 2 channels; expected mono.*Average the channels first"),
+        (torch.zeros(1, 1, 1, 3000), rf"shape \(1, 1, 1, 3000\) and torch.float32; {MONO}"),
+        (torch.tensor(0.5), rf"shape \(\) and torch.float32; {MONO}"),
+    ],
+)
+def test_wrong_waveforms_are_refused(waveform, message):
+    for read in (BatAudioProcessor(), extract, lambda audio: extract(audio.numpy())):
+        with pytest.raises(ValueError, match=message):
+            read(waveform)
+
+
+FILES = "Read files with load_audio"
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        ([], "an empty list; expected an array, a tensor or a non-empty list of mono clips"),
+        ((), "an empty tuple"),
+        ([[]], r"shape \(1, 0\).*\(clip 0 of the list\): no samples"),
+        ([noise(600), torch.zeros(0)], r"\(clip 1 of the list\): no samples"),
+        ([0] * 600, "torch.int64.*Scale other integers"),
+        ([True] * 600, "torch.bool"),
+        ([1j] * 600, r"Clip 0 of the list has shape \(\); expected mono clips"),
+        ([noise(2, 600)], r"Clip 0 of the list has shape \(2, 600\).*Average the channels first"),
+        ([noise(1, 600)], r"Clip 0 of the list has shape \(1, 600\)"),
+        ([[[0.1] * 600]], r"Clip 0 of the list has shape \(1, 600\)"),
+        ([[0.1, [0.2]], [0.1]], r"clip 0 of the list as list \[0.1, \[0.2\]\], no array of numbers \(.*inhomogeneous"),
+        ([0.1, [0.2, 0.3]], r"audio as list \[0.1, \[0.2, 0.3\]\], no array of numbers"),
+        ([0.1, "loud"], r"audio as list \[0.1, 'loud'\], no array of numbers"),
+        ("clip.wav", f"audio as str 'clip.wav'; expected.*{FILES}"),
+        (ROOT / "clip.wav", rf"audio as \w+Path.*{FILES}"),
+        (b"RIFF", f"audio as bytes b'RIFF'.*{FILES}"),
+        (["clip.wav"], f"clip 0 of the list as str 'clip.wav', no array of numbers.*{FILES}"),
+        (None, "audio as NoneType None; expected"),
+        ([None], "clip 0 of the list as NoneType None, no array of numbers"),
+        (0.5, "audio as float 0.5; expected"),
+        ({"array": [0.1], "sampling_rate": 16000}, "audio as dict {'array': .*from a dict, pass its array"),
+        ([{"array": [0.1]}], "clip 0 of the list as dict {'array': .*from a dict, pass its array"),
+        ((value for value in [0.1]), "audio as generator"),
+        (np.array(["a"] * 600), "audio as ndarray .*no array of numbers"),
+        (np.array([None] * 600), "audio as ndarray .*no array of numbers"),
+    ],
+)
+def test_what_is_no_audio_is_refused(audio, message):
+    with pytest.raises(ValueError, match=message):
+        extract(audio)
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(600, dtype=np.float32), [0.1] * 600, None, "clip.wav"])
+def test_processor_takes_tensors_only(waveform):
+    with pytest.raises(ValueError, match=f"type {type(waveform).__name__}; {MONO}"):
+        BatAudioProcessor()(waveform)
