@@ -264,7 +264,8 @@ class BatPreTrainedModel(PreTrainedModel):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
             source = pretrained_model_name_or_path or "given as state_dict"
             raise ValueError(
-                f"The checkpoint {source} does not hold the weights of this {cls.__name__}:{listing}\nIs it a BAT checkpoint, and does its config.json belong to it? "
+                f"The checkpoint {source} does not hold the weights of this {cls.__name__}:{listing}\n"
+                "Is it a BAT checkpoint, and does its config.json belong to it? "
                 "from_pretrained(..., strict=False) loads what fits and leaves the rest untrained."
             )
         return (model, info) if output_loading_info else model

@@ -509,14 +509,43 @@ def test_compiles():
     processor, waveform = BatAudioProcessor(32), noise(2, 3000)
     compiled = torch.compile(processor, backend="aot_eager")
     torch.testing.assert_close(compiled(waveform), processor(waveform), **EQUAL)
-    with pytest.raises(ValueError, match="clip 1 of the batch"):
+    with pytest.raises(ValueError, match=r"huge samples .* in clip 1;"):
         compiled(waveform * torch.tensor([[1], [torch.inf]]))
 
 
-def test_functions_are_also_static_methods():
-    for owner in (BatAudioProcessor, BatFeatureExtractor, BatAudioProcessor(), BatFeatureExtractor()):
-        assert owner.load_audio is bat_audio.load_audio is processing_bat.load_audio
-        assert owner.resample is bat_audio.resample is processing_bat.resample
+def test_files_and_resampling_are_at_hand_at_the_owner_s_rate():
+    file = ROOT / "examples" / "speech_fr_16k.flac"
+    waveform = noise(2, 4410)
+    for owner, rate in (
+        (BatAudioProcessor(), 16000),
+        (BatFeatureExtractor(), 16000),
+        (BatAudioProcessor(sample_rate=8000), 8000),
+        (BatFeatureExtractor(sampling_rate=8000), 8000),
+    ):
+        loaded = owner.load_audio(file, start=1.0, duration=0.5)
+        assert torch.equal(loaded, bat_audio.load_audio(file, 1.0, 0.5, sampling_rate=rate))
+        assert torch.equal(owner.resample(waveform, 44100), bat_audio.resample(waveform, 44100, rate))
+
+
+def test_changed_settings_reach_the_features():
+    extractor, waveform = BatFeatureExtractor(), noise(1, 8000)
+    extractor.top_db, extractor.num_frames = 40, 64
+    changed = extractor(waveform, sampling_rate=16000, return_tensors="pt").input_features
+    assert torch.equal(changed, BatAudioProcessor(num_frames=64, top_db=40)(waveform))
+    assert torch.equal(changed, extractor.processor(waveform))
+
+
+@pytest.mark.parametrize("amplitude", [1e-12, 1.0, 1e6, 0.9e15])
+def test_features_are_finite_at_every_accepted_amplitude(amplitude):
+    features = BatAudioProcessor()(noise(2, 4000).clamp(-1, 1) * amplitude)
+    assert features.isfinite().all()
+    assert 0 <= features.min() <= features.max() <= 1
+
+
+@pytest.mark.parametrize(("amplitude", "dtype"), [(1e16, torch.float32), (1e30, torch.float32), (1e200, torch.float64)])
+def test_amplitudes_that_would_overflow_are_refused(amplitude, dtype):
+    with pytest.raises(ValueError, match=r"huge samples \(above 1e\+15\) in clip 1;"):
+        BatAudioProcessor()(torch.tensor([[0.0], [amplitude]], dtype=dtype).expand(2, 4000))
 
 
 # Errors
@@ -531,9 +560,9 @@ def test_clips_that_are_not_finite_are_named(bad, dtype):
     waveform[1, 5] = bad
     waveform[3, -1] = bad
     for read in (BatAudioProcessor(), extract, lambda audio: extract(audio.numpy())):
-        with pytest.raises(ValueError, match=r"\(4, 3000\).*NaN or infinite samples in clip 1, 3 of the batch"):
+        with pytest.raises(ValueError, match=r"\(4, 3000\).*NaN, infinite or huge samples .* in clip 1, 3;"):
             read(waveform)
-    with pytest.raises(ValueError, match=r"\(3000,\).*NaN or infinite samples in clip 0"):
+    with pytest.raises(ValueError, match=r"\(3000,\).*NaN, infinite or huge samples .* in clip 0;"):
         extract(waveform[1])
 
 
@@ -541,7 +570,7 @@ def test_clips_of_a_list_are_named_by_their_place_in_the_list():
     """Lists are sorted by length on the way: the number must still be the caller's."""
     clips = [noise(700), noise(600), noise(700), noise(600), noise(900)]
     clips[3] = torch.full((600,), torch.nan)
-    with pytest.raises(ValueError, match="NaN or infinite samples in clip 3 of the batch"):
+    with pytest.raises(ValueError, match=r"NaN, infinite or huge samples .* in clip 3;"):
         extract(clips)
     clips[3] = noise(512)
     with pytest.raises(ValueError, match=r"\(clip 3 of the list\): 512 samples are too few"):
