@@ -248,18 +248,17 @@ class BatPreTrainedModel(PreTrainedModel):
         is_head_model = hasattr(model, cls.base_model_prefix)
         heads = {name for name, _ in model.named_children()} - {cls.base_model_prefix} if is_head_model else {"head"}
         # Transformers 4 lists the names of misshapen weights, 5 adds their shapes; both log the shapes they found.
-        misshapen = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+        misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+        def of_the_encoder(names) -> list[str]:
+            return sorted(name for name in names if name.partition(".")[0] not in heads)
+
         problems = {
-            "missing": info["missing_keys"],
-            "unexpected": info["unexpected_keys"],
-            "misshapen": [] if ignore_mismatched_sizes else misshapen,
+            "missing": of_the_encoder(info["missing_keys"]),
+            "unexpected": of_the_encoder(info["unexpected_keys"]),
+            "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
         }
-        problems = {
-            kind: sorted(name for name in names if name.partition(".")[0] not in heads)
-            for kind, names in problems.items()
-        }
-        problems["misshapen"] = [f"{name} (expected {shapes[name]})" for name in problems["misshapen"]]
         if strict and any(problems.values()):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
             source = pretrained_model_name_or_path or "given as state_dict"

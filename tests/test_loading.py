@@ -114,6 +114,9 @@ def test_head_model_and_encoder_load_from_each_other(saved, tmp_path):
             assert torch.equal(model.state_dict()[name], tensor), name
     again = HeadModel.from_pretrained(tmp_path / "head")
     assert torch.equal(again.head.weight, with_head.head.weight)
+    change_weights(tmp_path / "head", lambda weights: weights.update({"head.bias": torch.zeros(5)}))
+    with pytest.raises(ValueError, match=r"1 misshapen: head.bias \(expected \(3,\)\)"):
+        HeadModel.from_pretrained(tmp_path / "head")
 
 
 @pytest.mark.parametrize("load", [HeadModel.from_pretrained, BatModel.from_pretrained])
