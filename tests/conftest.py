@@ -19,6 +19,9 @@ from bat_audio import BatConfig, BatModel
 
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
+# The test processes share the cores; more threads than cores would only wait for each other.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(THREADS)
 SNAPSHOT_FILES = [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "README.md", ROOT / "LICENSE"]
 
 
@@ -69,7 +72,7 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool 
 
 
 def run(command: list[str], cwd: Path | None = None, check: bool = True, **environment):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS, **environment}
     environment = {key: str(value) for key, value in environment.items() if value is not None}
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
