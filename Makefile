@@ -9,6 +9,7 @@ TORCH ?= torch==2.14.* torchaudio==2.11.*
 INSTALLED = $(VENV)/.installed
 
 demo: $(INSTALLED)
+	@echo "Looking for the pretrained weights ..."
 	$(VENV)/bin/python -m bat_audio.tools.demo
 
 test: $(INSTALLED)
@@ -25,6 +26,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check
 
 $(INSTALLED): pyproject.toml
+	@echo "Installing torch and the rest into $(VENV): a few minutes, about 6 GB ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)

@@ -32,6 +32,8 @@ HERE = Path(__file__).parent  # not resolved: the files of a Hub snapshot are li
 AUTO_OPTIONS = {"trust_remote_code": not __package__}
 UNTRAINED_NOTICE = "UNTRAINED: this encoder has random weights. Its numbers mean nothing."
 
+SAVE_HELP = "also write the float32 tensors FILE:last_hidden_state (tokens, width) and FILE:pooler_output (width,) here"
+
 logger = logging.get_logger("bat.load_model")
 
 
@@ -152,8 +154,9 @@ def _download(repository: str, revision: str) -> Path:
         raise OSError(
             f"No pretrained weights: looked for {beside}the cache {constants.HF_HUB_CACHE} and "
             f"{constants.ENDPOINT}/{repository} at revision {revision} ({type(error).__name__}: {reason}). Connect to "
-            "the Hub once so that the weights are cached, or put model.safetensors beside load_model.py, or name "
-            "another checkpoint= (--checkpoint). For random weights, ask with untrained=True (--untrained)."
+            "the Hub once so that the weights are cached, or put model.safetensors beside load_model.py (hf download "
+            f"{repository} model.safetensors --local-dir .), or name another checkpoint= (--checkpoint). For random "
+            "weights, ask with untrained=True (--untrained)."
         ) from error
 
 
@@ -191,15 +194,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--checkpoint", help="folder, .safetensors file or Hub repository (default: the published weights)"
     )
     parser.add_argument("--device", help='for example "cpu" or "cuda:1" (default: cuda where there is one)')
-    parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="also write tokens and embeddings here")
+    parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help=SAVE_HELP)
     parser.add_argument("--untrained", action="store_true", help="random weights, to try things out without a download")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.untrained and options.checkpoint:
+        parser.error("--untrained and --checkpoint exclude each other")
     if options.save and not options.save.parent.is_dir():
         parser.error(f"--save {options.save}: there is no folder {options.save.parent}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     if options.untrained:
-        print(f"*** {UNTRAINED_NOTICE} ***")
+        print(f"*** {UNTRAINED_NOTICE} ***", flush=True)
     try:
         model = load_pretrained_encoder(device, checkpoint=options.checkpoint, untrained=options.untrained)
         processor = load_audio_processor(device, num_frames=None)
@@ -212,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             waveform = processor.load_audio(file)
             features = processor(waveform.to(device))
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue

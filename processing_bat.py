@@ -67,7 +67,9 @@ def load_audio(
     is_path = isinstance(source, str | Path)
     name = str(source) if is_path else getattr(source, "name", f"<{type(source).__name__}>")
     if is_path and not Path(source).is_file():
-        raise FileNotFoundError(f"{name}: no such file.")
+        raise FileNotFoundError(
+            f"{name}: {'a folder; name the files in it' if Path(source).is_dir() else 'no such file'}."
+        )
     if not (0 <= start < math.inf and (duration is None or 0 < duration < math.inf)):
         raise ValueError(f"{name}: start={start} must be at least 0 s and duration={duration} above 0 s, both finite.")
 
@@ -88,6 +90,8 @@ def load_audio(
             stop = file.frames if duration is None else min(file.frames, math.ceil((start + duration + 0.1) * rate))
             if start * rate >= file.frames:
                 raise ValueError(f"{file.frames} samples at {rate} Hz hold nothing from {start} s on")
+            if stop > 2**62:  # libsndfile's stand-in for the length that a streamed FLAC file lacks
+                raise ValueError("its header tells no length; read parts by start and duration, or convert it")
             file.seek(first)
             samples = file.read(stop - first, dtype="float32", always_2d=True)
             if len(samples) < stop - first:

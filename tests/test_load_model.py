@@ -319,6 +319,9 @@ def test_command_line_checks_the_place_to_save_first(tmp_path, capsys):
         load_model.main(["x.wav", "--untrained", "--save", str(tmp_path / "nowhere" / "out.safetensors")])
     assert stop.value.code == 2
     assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        load_model.main(["--untrained", "x.wav", "--checkpoint", "y", "z.wav"])
+    assert "--untrained and --checkpoint exclude each other" in capsys.readouterr().err
 
 
 def test_command_line_untrained_says_so_before_and_after(capsys):

@@ -13,7 +13,7 @@ def demo() -> int:
     try:
         find_weights()
     except OSError as error:
-        print(f"{error}\n\n*** NO PRETRAINED WEIGHTS: the demo goes on with an untrained encoder. ***\n")
+        print(f"{error}\n\n*** NO PRETRAINED WEIGHTS: the demo goes on with an untrained encoder. ***\n", flush=True)
         return main(["--untrained", *sounds])
     return main(sounds)
 
