@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
@@ -149,7 +148,7 @@ class BatDropPath(nn.Module):
         return hidden_states * nn.functional.dropout(scale, self.rate)
 
 
-class BatBlock(GradientCheckpointingLayer):
+class BatBlock(nn.Module):
     def __init__(self, config: BatConfig, drop_path_rate: float = 0.0):
         super().__init__()
         use_layer_scale = config.init_scale_values is not None
@@ -276,6 +275,9 @@ class BatModel(BatPreTrainedModel):
     def __init__(self, config: BatConfig):
         super().__init__(config)
         time_patches, mel_patches = config.grid_size
+        # Transformers' GradientCheckpointingLayer would do this per block, but cannot be imported beside a broken
+        # torchaudio, which Transformers 5 loads with it.
+        self.gradient_checkpointing = False
         self.patch_embed = BatPatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         pos_embed = torch.zeros(1, time_patches * mel_patches, config.hidden_size)
@@ -367,7 +369,10 @@ class BatModel(BatPreTrainedModel):
         all_hidden_states = [hidden_states] if output_hidden_states else []
         all_attentions = []
         for block in self.blocks:
-            hidden_states, weights = block(hidden_states, output_attentions)
+            if self.gradient_checkpointing and self.training:
+                hidden_states, weights = self._gradient_checkpointing_func(block, hidden_states, output_attentions)
+            else:
+                hidden_states, weights = block(hidden_states, output_attentions)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions:

@@ -275,6 +275,22 @@ def test_audio_processor():
         load_audio_processor(num_frames=100)
 
 
+@pytest.mark.parametrize("error", ["OSError", "RuntimeError"])
+def test_everything_but_gpu_resampling_works_beside_a_broken_torchaudio(tmp_path, folder, error):
+    (tmp_path / "broken" / "torchaudio").mkdir(parents=True)
+    (tmp_path / "broken" / "torchaudio" / "__init__.py").write_text(f"raise {error}('built for another torch')")
+    code = """
+import sys, torch, bat_audio
+from transformers import AutoFeatureExtractor, AutoModel
+model, extractor = AutoModel.from_pretrained(sys.argv[1]), AutoFeatureExtractor.from_pretrained(sys.argv[2])
+features = extractor(torch.rand(16000) - 0.5, sampling_rate=16000, return_tensors="pt")
+assert model(**features).pooler_output.isfinite().all()
+assert bat_audio.load_pretrained_encoder(checkpoint=sys.argv[1])(**features).pooler_output.isfinite().all()
+assert bat_audio.load_audio_processor()(torch.rand(2, 16000)).shape == (2, 1, 1024, 128)
+"""
+    run_python(code, folder, ROOT, PYTHONPATH=tmp_path / "broken")
+
+
 # The command line
 
 
