@@ -1,20 +1,38 @@
 """BAT (Better Audio Transformer) as an installed package; importing it registers BAT with the Auto classes."""
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+)
 
 from .configuration_bat import BatConfig
 from .load_model import load_audio_processor, load_pretrained_encoder
-from .modeling_bat import BatModel, BatModelOutput, BatPreTrainedModel
+from .modeling_bat import (
+    BatForAudioClassification,
+    BatForAudioFrameClassification,
+    BatHead,
+    BatModel,
+    BatModelOutput,
+    BatPreTrainedModel,
+)
 from .processing_bat import BatAudioProcessor, BatFeatureExtractor, load_audio, resample
 
 AutoConfig.register(BatConfig.model_type, BatConfig)
 AutoModel.register(BatConfig, BatModel)
+AutoModelForAudioClassification.register(BatConfig, BatForAudioClassification)
+AutoModelForAudioFrameClassification.register(BatConfig, BatForAudioFrameClassification)
 AutoFeatureExtractor.register(BatConfig, BatFeatureExtractor)
 
 __all__ = [
     "BatAudioProcessor",
     "BatConfig",
     "BatFeatureExtractor",
+    "BatForAudioClassification",
+    "BatForAudioFrameClassification",
+    "BatHead",
     "BatModel",
     "BatModelOutput",
     "BatPreTrainedModel",

@@ -1,4 +1,4 @@
-"""Configuration of BAT (Better Audio Transformer): the encoder and the log-mel front end it was trained with.
+"""Configuration of BAT (Better Audio Transformer): the encoder, its log-mel front end, and a head for classes.
 
 Paper: https://arxiv.org/abs/2602.16305
 """
@@ -7,9 +7,15 @@ import math
 
 from transformers import PretrainedConfig
 
+HEAD_CHOICES = {
+    "head_type": ("linear", "linear_cgp", "cgp", "protobin"),
+    "head_pooling": ("cls", "mean"),
+    "multi_label_loss": ("bce", "asymmetric"),
+}
+
 
 class BatConfig(PretrainedConfig):
-    """Everything that defines a BAT encoder. The defaults are the published ViT-B/16; unknown keys are kept.
+    """Everything that defines a BAT model. The defaults are the published ViT-B/16; unknown keys are kept.
 
     Args:
         input_shape: frames and mel bands of one chunk, the picture that the position table covers.
@@ -38,6 +44,13 @@ class BatConfig(PretrainedConfig):
         f_min: lower edge of the lowest mel band, in Hz; the upper edge is half of `sample_rate`.
         top_db: dynamic range kept below each clip's maximum, in dB.
         feature_normalization: only "per_sample_minmax_after_db", each clip scaled to 0..1 by its own extremes.
+        head_type: "linear", "linear_cgp", "cgp" or "protobin", see `BatHead`. The head's fields are read by the models
+            that have one; their classes are `num_labels`, `id2label` and `problem_type`, as in Transformers.
+        head_pooling: "cls" or "mean": what stands for a whole clip, the CLS token or the mean of the patch tokens.
+        head_norm: LayerNorm in the linear heads.
+        head_dropout: dropout before the head's Linear, 0..1; None for the head's own, 0.2 in cgp and otherwise 0.
+        num_prototypes: prototypes of the cgp and protobin heads.
+        multi_label_loss: "bce" or "asymmetric", see `asymmetric_loss`.
 
     Raises:
         ValueError: a value is out of its range; the message names the field and the value.
@@ -72,6 +85,12 @@ class BatConfig(PretrainedConfig):
         f_min: float = 0,
         top_db: float = 80,
         feature_normalization: str = "per_sample_minmax_after_db",
+        head_type: str = "linear",
+        head_pooling: str = "cls",
+        head_norm: bool = True,
+        head_dropout: float | None = None,
+        num_prototypes: int = 10000,
+        multi_label_loss: str = "bce",
         **kwargs,
     ):
         self.input_shape = _pair("input_shape", input_shape)
@@ -99,6 +118,12 @@ class BatConfig(PretrainedConfig):
         self.f_min = f_min
         self.top_db = top_db
         self.feature_normalization = feature_normalization
+        self.head_type = head_type
+        self.head_pooling = head_pooling
+        self.head_norm = head_norm
+        self.head_dropout = head_dropout
+        self.num_prototypes = num_prototypes
+        self.multi_label_loss = multi_label_loss
         self._check_fields()
         super().__init__(**kwargs)
 
@@ -120,16 +145,22 @@ class BatConfig(PretrainedConfig):
             if not is_valid:
                 raise ValueError(f"BatConfig: {field}={getattr(self, field)!r} is not valid, expected {expected}.")
 
-        for field in ("pre_norm", "layer_norm_first", "qkv_bias", "use_gate", "pos_trainable"):
+        for field in ("pre_norm", "layer_norm_first", "qkv_bias", "use_gate", "pos_trainable", "head_norm"):
             require(field, isinstance(getattr(self, field), bool), "True or False")
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "chunk_time_patches",
-                      "max_chunks_per_pass", "sample_rate", "n_fft", "hop_length", "n_mels"):  # fmt: skip
+                      "max_chunks_per_pass", "sample_rate", "n_fft", "hop_length", "n_mels",
+                      "num_prototypes"):  # fmt: skip
             require(field, _is_integer(getattr(self, field)) and getattr(self, field) >= 1, "an integer of at least 1")
         for field in ("mlp_ratio", "layer_norm_eps", "top_db"):
             require(field, _is_number(getattr(self, field)) and getattr(self, field) > 0, "a number above 0")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             value = getattr(self, field)
             require(field, _is_number(value) and 0 <= value <= 1, "a probability between 0 and 1")
+
+        require("head_dropout", self.head_dropout is None or (_is_number(self.head_dropout) and
+                0 <= self.head_dropout <= 1), "a probability between 0 and 1, or None for the head's own")  # fmt: skip
+        for field, choices in HEAD_CHOICES.items():
+            require(field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
 
         for axis in (0, 1):
             require("input_shape", self.input_shape[axis] % self.patch_size[axis] == 0,

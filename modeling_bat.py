@@ -2,19 +2,51 @@
 
 Paper: https://arxiv.org/abs/2602.16305 (ICML 2026).
 
+The encoder comes first, then the heads that turn its blocks' outputs into classes, for a clip or for every 160 ms.
+
 Shapes: B clips, T frames, M mel bands, D width, H heads, L blocks, C chunks; t = T/16 time patches and f = M/16 mel
-patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first.
+patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first; K prototypes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_bat import BatConfig
+
+if TYPE_CHECKING:  # never run; names the file, so that Transformers copies it wherever it copies this one
+    from .pipeline_bat import BatFeatureExtractionPipeline  # noqa: F401
+
+# What config.json names, in every folder that `save_pretrained` writes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_bat.BatConfig",
+    "AutoModel": "modeling_bat.BatModel",
+    "AutoModelForAudioClassification": "modeling_bat.BatForAudioClassification",
+    "AutoModelForAudioFrameClassification": "modeling_bat.BatForAudioFrameClassification",
+}
+CUSTOM_PIPELINES = {
+    "feature-extraction": {
+        "impl": "pipeline_bat.BatFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+        "type": "audio",
+    },
+    "audio-classification": {
+        "impl": "pipeline_bat.BatAudioClassificationPipeline",
+        "pt": ["AutoModelForAudioClassification"],
+        "type": "audio",
+    },
+}
+IGNORED_LABEL = -100  # as in torch's cross-entropy: no loss there
+PROTOTYPES_AT_ONCE = 1024  # compared with all patches at a time; bounds the memory of (B, N, K) cosines
 
 
 @dataclass
@@ -203,6 +235,9 @@ class BatPreTrainedModel(PreTrainedModel):
             initialize(module.bias, nn.init.zeros_)
         elif isinstance(module, BatLayerScale):
             initialize(module.s, nn.init.constant_, module.init_value)
+        elif isinstance(module, BatHead):
+            initialize(module.block_attention, nn.init.constant_, module.block_attention_start)
+            initialize(module.prototype_vectors, nn.init.normal_, 0.0, 0.02)
         elif isinstance(module, BatModel):
             initialize(module.cls_token, nn.init.normal_, 0.0, 0.02)
             initialize(module.pos_embed, torch.Tensor.copy_, module.position_table())
@@ -212,6 +247,19 @@ class BatPreTrainedModel(PreTrainedModel):
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
             """As in Transformers 5: non-reentrant by default, so that blocks behind frozen embeddings get gradients."""
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs):
+        """As in Transformers, but complete: weights, config, all code files, and the feature extractor's settings.
+
+        An existing preprocessor_config.json is left as it is.
+        """
+        from .processing_bat import BatFeatureExtractor
+
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and not (Path(save_directory) / "preprocessor_config.json").exists():
+            BatFeatureExtractor.from_model_config(self.config).save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(
@@ -225,8 +273,8 @@ class BatPreTrainedModel(PreTrainedModel):
     ):
         """As in Transformers, but a checkpoint that does not hold exactly the encoder's weights is an error.
 
-        Heads are not the encoder's: a model with a head loads from an encoder checkpoint (the head is new), and the
-        encoder loads from the checkpoint of a model whose head is named `head`.
+        A model with a head loads from an encoder checkpoint (the head is new, and reported), and the encoder loads from
+        the checkpoint of a model whose head is named `head`. A head that the checkpoint holds only in part is an error.
 
         Args:
             strict: False loads what fits, leaves the rest at its initial values, and only warns.
@@ -250,12 +298,19 @@ class BatPreTrainedModel(PreTrainedModel):
         misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
-        def of_the_encoder(names) -> list[str]:
-            return sorted(name for name in names if name.partition(".")[0] not in heads)
+        def is_of_a_head(name: str) -> bool:
+            return name.partition(".")[0] in heads
 
+        # No weight of the head in the checkpoint means a new head; the encoder has no use for any head's weights.
+        head_names = {name for name in shapes if is_of_a_head(name)}
+        is_new_head = not any(map(is_of_a_head, info["unexpected_keys"])) and head_names <= set(info["missing_keys"])
+        ignores_heads = is_new_head or not is_head_model
         problems = {
-            "missing": of_the_encoder(info["missing_keys"]),
-            "unexpected": of_the_encoder(info["unexpected_keys"]),
+            kind: sorted(name for name in info[f"{kind}_keys"] if not (ignores_heads and is_of_a_head(name)))
+            for kind in ("missing", "unexpected")
+        }
+        problems = {
+            **problems,
             "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
         }
         if strict and any(problems.values()):
@@ -361,14 +416,18 @@ class BatModel(BatPreTrainedModel):
             passes.append(input_features[:, :, whole_frames : whole_frames + rest_frames])
         return passes
 
-    def _encode(
-        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Encode one pass (B*C, 1, T, M): the last tokens, and every layer's tokens and weights if asked for."""
+    def _encode_pass(
+        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, head: "BatHead | None"
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """Encode one pass (B*C, 1, T, M) and give what is asked for.
+
+        The last tokens; every layer's tokens; every block's attention weights; for a head, every block's CLS tokens and
+        the head's mix of the patch tokens, so that no more than one block's tokens live at a time.
+        """
         hidden_states = self.embed(chunks)  # (B*C, S, D)
         all_hidden_states = [hidden_states] if output_hidden_states else []
-        all_attentions = []
-        for block in self.blocks:
+        all_attentions, cls_tokens, patch_mix = [], [], None
+        for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
                 hidden_states, weights = self._gradient_checkpointing_func(block, hidden_states, output_attentions)
             else:
@@ -377,7 +436,10 @@ class BatModel(BatPreTrainedModel):
                 all_hidden_states.append(hidden_states)
             if output_attentions:
                 all_attentions.append(weights)
-        return hidden_states, all_hidden_states, all_attentions
+            if head is not None:
+                cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
+                patch_mix = head.mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
+        return hidden_states, all_hidden_states, all_attentions, cls_tokens, patch_mix
 
     def _merge_chunks(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
         """Join the tokens of all passes [(B*C, S, D)]: CLS averaged over chunks, patches in a row (B, 1 + N, D)."""
@@ -396,6 +458,48 @@ class BatModel(BatPreTrainedModel):
     def _patch_picture(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """View tokens (B, 1 + N, D) without CLS as (B, D, t, f)."""
         return hidden_states[:, 1:].unflatten(1, (-1, self.config.grid_size[1])).permute(0, 3, 1, 2)
+
+    def encode(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        head: "BatHead | None" = None,
+    ) -> tuple[BatModelOutput, torch.Tensor | None]:
+        """`forward` with a head that is fed block by block: also its logits, or None without a head."""
+        if (input_features is None) == (input_values is None):
+            both = "neither input_features nor" if input_features is None else "both input_features and"
+            raise ValueError(f"BatModel got {both} input_values (two names for one input); give exactly one of them.")
+        features = self._check_features(input_features if input_features is not None else input_values)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        batch = features.shape[0]
+        passes = [
+            self._encode_pass(chunks, output_hidden_states, output_attentions, head)
+            for chunks in self._split_chunks(features)
+        ]
+        last, hidden_states, attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)
+        last_hidden_state = self._merge_chunks(last, batch)
+        output = BatModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            patch_tokens=self._patch_picture(last_hidden_state),
+        )
+        if output_hidden_states:
+            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
+        if output_attentions:
+            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
+        if head is None:
+            return output, None
+        cls_tokens = torch.cat([torch.stack(layers).unflatten(1, (batch, -1)) for layers in cls_tokens], dim=2)
+        if patch_mixes[0] is not None:  # [(B*C, D, t', f')] -> (B, D, t, f')
+            mixes = [mix.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for mix in patch_mixes]
+            patch_mixes = [torch.cat(mixes, dim=2)]
+        return output, head.classify(head.mix_cls(cls_tokens.mean(dim=2)), patch_mixes[0])
 
     def forward(
         self,
@@ -419,30 +523,7 @@ class BatModel(BatPreTrainedModel):
         Raises:
             ValueError: neither or both inputs, or a tensor of the wrong type or shape.
         """
-        if (input_features is None) == (input_values is None):
-            both = "neither input_features nor" if input_features is None else "both input_features and"
-            raise ValueError(f"BatModel got {both} input_values (two names for one input); give exactly one of them.")
-        features = self._check_features(input_features if input_features is not None else input_values)
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-
-        batch = features.shape[0]
-        passes = [
-            self._encode(chunks, output_hidden_states, output_attentions) for chunks in self._split_chunks(features)
-        ]
-        last, hidden_states, attentions = zip(*passes, strict=True)
-        last_hidden_state = self._merge_chunks(last, batch)
-        output = BatModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state[:, 0],
-            patch_tokens=self._patch_picture(last_hidden_state),
-        )
-        if output_hidden_states:
-            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
-        if output_attentions:
-            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
+        output, _ = self.encode(input_features, input_values, output_attentions, output_hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def forward_encoder(self, input_features: torch.Tensor) -> torch.Tensor:
@@ -458,5 +539,271 @@ class BatModel(BatPreTrainedModel):
         }
 
 
+class BatHead(nn.Module):
+    """Every block's output to logits, for the clip or for each time patch (paper, section 4).
+
+    linear      last block -> LayerNorm -> dropout -> Linear
+    linear_cgp  mix of all blocks, weighted by softmax(block_attention) -> LayerNorm -> dropout -> Linear
+    cgp         the same mix of L2-normalised tokens -> cosine with each prototype: minimum over the patches, CLS,
+                maximum -> dropout -> Linear
+    protobin    last block -> cosine with prototypes of +-1: maximum over the patches -> dropout -> Linear
+
+    The linear heads see the CLS token or, with `head_pooling="mean"`, the mean of the patch tokens; in cgp that mean
+    takes the place of the CLS value. Frame by frame there is no CLS: means, minima and maxima are over the mel patches
+    of each time patch.
+
+    The head works on the dict of `BatModel.extract_features`, or on one block at a time through `mix_patches`.
+    """
+
+    def __init__(self, config: BatConfig, per_frame: bool = False):
+        super().__init__()
+        self.per_frame = per_frame
+        self.mixes_blocks = config.head_type in ("linear_cgp", "cgp")
+        self.has_prototypes = config.head_type in ("cgp", "protobin")
+        self.is_binary = config.head_type == "protobin"
+        self.uses_cls = config.head_pooling == "cls" and not per_frame and not self.is_binary
+        self.last_layer = config.num_hidden_layers - 1
+        self.block_attention_start = 1.0 if config.head_type == "cgp" else 0.0
+        width, prototypes = config.hidden_size, config.num_prototypes
+        dropout = config.head_dropout
+        if dropout is None:
+            dropout = 0.2 if config.head_type == "cgp" else 0.0
+
+        self.block_attention = self.prototype_vectors = None
+        if self.mixes_blocks:
+            self.block_attention = nn.Parameter(torch.full((config.num_hidden_layers,), self.block_attention_start))
+        if self.has_prototypes:
+            self.prototype_vectors = nn.Parameter(0.02 * torch.randn(prototypes, width, 1, 1))
+        self.ln = nn.Identity()
+        if config.head_norm and not self.has_prototypes:
+            self.ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        in_features = {"cgp": 3 * prototypes, "protobin": prototypes}.get(config.head_type, width)
+        self.fc = nn.Linear(in_features, config.num_labels)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits (B, classes), or (B, t, classes) frame by frame.
+
+        Args:
+            features: `cls_tokens` (L, B, D) and `patch_tokens` (L, B, D, t, f) of `BatModel.extract_features`.
+        """
+        patch_mix = None
+        for layer, patch_tokens in enumerate(features["patch_tokens"]):
+            patch_mix = self.mix_patches(patch_mix, layer, patch_tokens)
+        return self.classify(self.mix_cls(features["cls_tokens"]), patch_mix)
+
+    def mix_patches(self, mix: torch.Tensor | None, layer: int, patch_tokens: torch.Tensor) -> torch.Tensor | None:
+        """Add block `layer`'s patch tokens (B, D, t, f) to the mix of the blocks before it, None at first.
+
+        The mix is (B, D, t, f) for prototypes and (B, D, t, 1), averaged over mel, for the linear heads; None where the
+        head sees the CLS token alone.
+        """
+        if self.uses_cls and not self.has_prototypes:
+            return None
+        return self._mix(mix, layer, patch_tokens if self.has_prototypes else patch_tokens.mean(dim=3, keepdim=True))
+
+    def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mix (B, D) of the blocks' CLS tokens (L, B, D); None where the head has no use for them."""
+        mix = None
+        for layer, tokens in enumerate(cls_tokens if self.uses_cls else ()):
+            mix = self._mix(mix, layer, tokens)
+        return mix
+
+    def _mix(self, mix: torch.Tensor | None, layer: int, tokens: torch.Tensor) -> torch.Tensor | None:
+        if not self.mixes_blocks and layer != self.last_layer:
+            return None
+        scale = self.block_attention.softmax(dim=0)[layer] if self.mixes_blocks else tokens.new_ones(())
+        if self.has_prototypes:  # scaling by 1 / norm in the same product keeps no normalised copy of the tokens
+            scale = scale / torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp_min(1e-12)
+        return tokens * scale if mix is None else torch.addcmul(mix, tokens, scale)
+
+    def classify(self, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor | None) -> torch.Tensor:
+        """Logits of the mixed CLS tokens (B, D) and patch tokens (B, D, t, f or 1)."""
+        if self.has_prototypes:
+            pooled = self._compare_with_prototypes(cls_mix, patch_mix)
+        elif self.uses_cls:
+            pooled = cls_mix  # (B, D)
+        else:
+            pooled = patch_mix.squeeze(3).transpose(1, 2)  # (B, t, D)
+            pooled = pooled if self.per_frame else pooled.mean(dim=1)
+        return self.fc(self.dropout(self.ln(pooled)))
+
+    def _compare_with_prototypes(self, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor) -> torch.Tensor:
+        """(B, 3*K) or, for binary prototypes, (B, K); with a time axis in the middle frame by frame."""
+        prototypes = self.prototype_vectors.flatten(1)  # (K, D)
+        if self.is_binary:  # straight-through: +-1 forwards, the identity's gradient backwards
+            signs = torch.where(prototypes >= 0, 1.0, -1.0).to(prototypes.dtype)
+            prototypes = signs + (prototypes - prototypes.detach())
+        parts = nn.functional.normalize(prototypes, dim=1).split(PROTOTYPES_AT_ONCE)
+        if torch.is_grad_enabled():  # cosines are computed again in the backward pass, not kept
+            pooled = [checkpoint(self._pool_cosines, part, cls_mix, patch_mix, use_reentrant=False) for part in parts]
+        else:
+            pooled = [self._pool_cosines(part, cls_mix, patch_mix) for part in parts]
+        return torch.cat(pooled, dim=-1)
+
+    def _pool_cosines(self, prototypes: torch.Tensor, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor):
+        cosines = patch_mix.permute(0, 2, 3, 1) @ prototypes.T  # (B, t, f, K)
+        axes = 2 if self.per_frame else (1, 2)
+        highest = cosines.amax(axes)
+        if self.is_binary:
+            return highest
+        middle = cls_mix @ prototypes.T if self.uses_cls else cosines.mean(axes)
+        return torch.stack([cosines.amin(axes), middle, highest], dim=-1).flatten(-2)  # minimum, CLS, maximum in turn
+
+
+def asymmetric_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy in which negatives count by their predicted probability, elementwise.
+
+    The asymmetric loss with gamma_neg 1, gamma_pos 0 and no clipping; no gradient flows through the weight.
+    """
+    probabilities = logits.detach().sigmoid()
+    error = 1 - (probabilities * labels + (1 - probabilities) * (1 - labels))
+    weight = error ** (1 - labels)
+    return weight * nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+class BatForClassification(BatPreTrainedModel):
+    """The encoder under `bat` and a `BatHead` under `head`, fed block by block; see the two subclasses."""
+
+    per_frame: bool
+    output_class: type[ModelOutput]
+    # Trainer would otherwise leave the mean over gradient accumulation steps to a model wrapped by PEFT.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: BatConfig):
+        super().__init__(config)
+        self.bat = BatModel(config)
+        self.head = BatHead(config, per_frame=self.per_frame)
+        self.post_init()
+
+    def freeze_base_model(self):
+        """Freeze the encoder for probing: no gradients, and eval mode whenever the model is set to training."""
+        self.bat.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def is_base_model_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.bat.parameters())
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.is_base_model_frozen:
+            self.bat.eval()
+        return self
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple:
+        """Logits (B, classes), or (B, t, classes) frame by frame, and the loss where there are labels.
+
+        Args:
+            input_features: log-mel features as in `BatModel.forward`, as the remaining arguments are.
+            labels: class indices (B,) or (B, t), or a value in 0..1 per class in the shape of the logits; -100 where a
+                frame has no label. `config.problem_type` chooses cross-entropy or, for several labels at once, the loss
+                of `config.multi_label_loss`; if it is None, it is set from the labels: indices mean a single label.
+
+        Raises:
+            ValueError: labels or features of the wrong shape or type.
+        """
+        inputs = (input_features, input_values, output_attentions, output_hidden_states, self.head)
+        if self.training and self.bat.gradient_checkpointing and self.is_base_model_frozen:
+            # The weights of the blocks need every block's tokens in the backward pass; encode again, to keep none.
+            output, logits = self.bat._gradient_checkpointing_func(self.bat.encode, *inputs)
+        else:
+            output, logits = self.bat.encode(*inputs)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = self.output_class(loss, logits, output.hidden_states, output.attentions)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss of logits (..., classes) by `config.problem_type`; set from the labels' type if it is None."""
+        if self.config.problem_type is None:
+            multi_label = labels.is_floating_point() or labels.ndim == logits.ndim
+            self.config.problem_type = f"{'multi' if multi_label else 'single'}_label_classification"
+        is_single_label = self.config.problem_type == "single_label_classification"
+        if self.config.problem_type == "regression":
+            raise ValueError('problem_type="regression" is not supported; expected single_label_... or multi_label_...')
+        logits = logits.float()
+        if labels.shape == logits.shape:  # a probability per class
+            is_kept = (labels != IGNORED_LABEL).all(dim=-1)
+            labels = labels.float().clamp_min(0)
+            if is_single_label:
+                loss = -(labels * logits.log_softmax(dim=-1)).sum(dim=-1)
+            elif self.config.multi_label_loss == "asymmetric":
+                loss = asymmetric_loss(logits, labels).mean(dim=-1)
+            else:
+                loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
+            return (loss * is_kept).sum() / is_kept.sum()
+        if is_single_label and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
+            return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL)
+        raise ValueError(
+            f"{type(self).__name__} got labels of shape {tuple(labels.shape)} and {labels.dtype}; expected "
+            f"{tuple(logits.shape)} with a value per class"
+            + (f", or class indices {tuple(logits.shape[:-1])}." if is_single_label else ".")
+        )
+
+
+class BatForAudioClassification(BatForClassification):
+    """BAT with a head for the classes of a whole clip: logits (B, classes)."""
+
+    per_frame = False
+    output_class = SequenceClassifierOutput
+
+
+class BatForAudioFrameClassification(BatForClassification):
+    """BAT with a head for the classes at each time patch of 160 ms: logits (B, t, classes)."""
+
+    per_frame = True
+    output_class = TokenClassifierOutput
+
+    def decode_events(
+        self, logits: torch.Tensor, threshold: float | Sequence[float] = 0.5, median_frames: int = 1
+    ) -> list[list[dict[str, float | str]]]:
+        """Events of each clip, in order of onset: `onset` and `offset` in s, `label`, and `score` in 0..1.
+
+        A class is active where its probability, after the median filter, is at least the threshold; the score is the
+        mean probability over the event.
+
+        Args:
+            logits: (B, t, classes), as `forward` gives them.
+            threshold: in 0..1, one for all classes or one for each.
+            median_frames: width of the median filter over time, in steps of 160 ms; odd, 1 for no filter.
+
+        Raises:
+            ValueError: logits of another shape, or an even `median_frames`.
+        """
+        if logits.ndim != 3 or logits.shape[2] != self.config.num_labels:
+            raise ValueError(
+                f"Got logits of shape {tuple(logits.shape)}; expected (batch, time, {self.config.num_labels})."
+            )
+        if median_frames < 1 or median_frames % 2 == 0:
+            raise ValueError(f"median_frames={median_frames} must be an odd number of steps of 160 ms.")
+        logits = logits.detach().float().cpu()
+        is_single_label = self.config.problem_type == "single_label_classification"
+        probabilities = logits.softmax(dim=-1) if is_single_label else logits.sigmoid()
+        margin = median_frames // 2
+        padded = nn.functional.pad(probabilities.transpose(1, 2), (margin, margin), mode="replicate")
+        filtered = padded.unfold(2, median_frames, 1).median(dim=3).values  # (B, classes, t)
+        is_active = filtered >= torch.as_tensor(threshold).reshape(-1, 1)
+        edges = nn.functional.pad(is_active.int(), (1, 1)).diff(dim=2)  # (B, classes, t + 1), +1 and -1
+        step = self.config.patch_size[0] * self.config.hop_length / self.config.sample_rate  # s
+
+        events = [[] for _ in logits]
+        onsets, offsets = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+        for (clip, label, first), (_, _, end) in zip(onsets, offsets, strict=True):
+            score = probabilities[clip, first:end, label].mean().item()
+            name = self.config.id2label[label]
+            events[clip].append({"onset": first * step, "offset": end * step, "label": name, "score": score})
+        return [sorted(clip_events, key=lambda event: event["onset"]) for clip_events in events]
+
+
 # Lets save_pretrained copy this file and fill in auto_map.
 BatModel.register_for_auto_class("AutoModel")
+BatForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
+BatForAudioFrameClassification.register_for_auto_class("AutoModelForAudioFrameClassification")

@@ -339,6 +339,12 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         self.return_attention_mask = return_attention_mask
         _ = self.processor  # refuses wrong settings here
 
+    @classmethod
+    def from_model_config(cls, config) -> "BatFeatureExtractor":
+        """The extractor of a `BatConfig`, whose features are `input_shape` frames long."""
+        fields = {name: getattr(config, name) for name in ("n_fft", "hop_length", "n_mels", "f_min", "top_db")}
+        return cls(sampling_rate=config.sample_rate, num_frames=config.input_shape[0], **fields)
+
     @property
     def processor(self) -> BatAudioProcessor:
         """A processor with the present settings; its tables cost next to nothing to make."""

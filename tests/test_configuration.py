@@ -7,7 +7,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bat_audio import BatConfig
+from bat_audio import BatConfig, modeling_bat
 
 RELEASE_KEYS = set(
     """model_type input_shape patch_size hidden_size num_hidden_layers num_attention_heads mlp_ratio qkv_bias
@@ -65,10 +65,12 @@ def test_defaults_are_the_release_and_config_json():
     shipped = json.loads((ROOT / "config.json").read_text())
     defaults = BatConfig().to_dict()
     assert set(shipped) >= RELEASE_KEYS
-    assert set(shipped) - RELEASE_KEYS == {"architectures", "max_chunks_per_pass"}
+    assert set(shipped) - RELEASE_KEYS == {"architectures", "custom_pipelines", "max_chunks_per_pass"}
     for key, value in shipped.items():
-        if key not in ("auto_map", "architectures", "pretraining_dataset"):
+        if key not in ("auto_map", "architectures", "custom_pipelines", "pretraining_dataset"):
             assert defaults[key] == value, key
+    assert shipped["auto_map"] == modeling_bat.AUTO_MAP
+    assert shipped["custom_pipelines"] == modeling_bat.CUSTOM_PIPELINES
 
 
 def test_config_with_the_release_keys_loads_unchanged(tmp_path):

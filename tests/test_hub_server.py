@@ -1,4 +1,4 @@
-"""The stand-in Hub against the real client: what a test of downloads may build on. Every client is a subprocess."""
+"""The stand-in Hub against the real client: what other tests may build on. Every client is a subprocess."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from hub_server import SHORT_PAUSES, HubServer
@@ -20,12 +21,12 @@ CHUNK = 10 * 1024 * 1024  # bytes the client writes at once; of a cut download i
 CLIENT = """
 import json, sys
 import huggingface_hub
-function, arguments = json.loads(sys.argv[1])
-try:
-    answer = {"path": getattr(huggingface_hub, function)(**arguments)}
-except Exception as error:
-    answer = {"errors": [base.__name__ for base in type(error).__mro__]}
-print(json.dumps(answer))
+for function, arguments in json.loads(sys.argv[1]):
+    try:
+        answer = {"result": getattr(huggingface_hub, function)(**arguments)}
+    except Exception as error:
+        answer = {"errors": [base.__name__ for base in type(error).__mro__]}
+    print(json.dumps(answer))
 """
 
 
@@ -36,12 +37,16 @@ def hub() -> Iterator[HubServer]:
 
 
 def call(hub: HubServer, home: Path, function: str = "hf_hub_download", **arguments: object) -> dict:
-    """{"path": where the client put it} or {"errors": the names of the exception's class and its bases}."""
-    request = json.dumps([function, {"repo_id": hub.repo_id, **arguments}])
-    command = [sys.executable, "-c", SHORT_PAUSES + CLIENT, request]
+    """{"result": where the client put it, as a rule} or {"errors": names of the exception's class and its bases}."""
+    return calls(hub, home, [(function, {"repo_id": hub.repo_id, **arguments})])[0]
+
+
+def calls(hub: HubServer, home: Path, requests: list[tuple[str, dict]]) -> list[dict]:
+    """The same for several functions of the client and their arguments, one after the other."""
+    command = [sys.executable, "-c", SHORT_PAUSES + CLIENT, json.dumps(requests)]
     done = subprocess.run(command, env=hub.env(home), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def snapshot(hub: HubServer, home: Path, repo_id: str | None = None) -> Path:
@@ -49,7 +54,7 @@ def snapshot(hub: HubServer, home: Path, repo_id: str | None = None) -> Path:
 
 
 def test_small_file_arrives_under_the_commit(hub: HubServer, tmp_path: Path) -> None:
-    path = Path(call(hub, tmp_path, filename="config.json")["path"])
+    path = Path(call(hub, tmp_path, filename="config.json")["result"])
     assert path == snapshot(hub, tmp_path) / "config.json"
     assert path.read_bytes() == CONFIG
     assert Path(os.readlink(path)).name == hashlib.sha1(b"blob 21\0" + CONFIG).hexdigest()
@@ -59,7 +64,7 @@ def test_small_file_arrives_under_the_commit(hub: HubServer, tmp_path: Path) -> 
 
 
 def test_large_file_comes_from_the_cdn(hub: HubServer, tmp_path: Path) -> None:
-    path = Path(call(hub, tmp_path, filename="model.safetensors", revision=hub.commit)["path"])
+    path = Path(call(hub, tmp_path, filename="model.safetensors", revision=hub.commit)["result"])
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
     assert path == snapshot(hub, tmp_path) / "model.safetensors"
     assert path.read_bytes() == WEIGHTS
@@ -87,7 +92,7 @@ def test_what_does_not_exist(hub: HubServer, tmp_path: Path, arguments: dict[str
 
 
 def test_snapshot_holds_every_file_that_matches(hub: HubServer, tmp_path: Path) -> None:
-    path = Path(call(hub, tmp_path, "snapshot_download")["path"])
+    path = Path(call(hub, tmp_path, "snapshot_download")["result"])
     assert path == snapshot(hub, tmp_path)
     assert {name: (path / name).read_bytes() for name in hub.files} == hub.files
     hub.requests.clear()
@@ -109,7 +114,7 @@ def test_tree_lists_a_folder_and_its_hashes(hub: HubServer, tmp_path: Path) -> N
 def test_renamed_repository_is_followed(hub: HubServer, tmp_path: Path) -> None:
     hub.renamed_from = "lrauch/old"
     for name, content in (("config.json", CONFIG), ("model.safetensors", WEIGHTS)):
-        path = Path(call(hub, tmp_path, repo_id="lrauch/old", filename=name)["path"])
+        path = Path(call(hub, tmp_path, repo_id="lrauch/old", filename=name)["result"])
         assert path == snapshot(hub, tmp_path, "lrauch/old") / name
         assert path.read_bytes() == content
 
@@ -150,7 +155,7 @@ def test_download_that_is_cut_once_resumes(tmp_path: Path) -> None:
         answer = call(hub, tmp_path, filename="model.safetensors")
         if answer.get("errors", [""])[0] == "ChunkedEncodingError":
             answer = call(hub, tmp_path, filename="model.safetensors")
-        assert Path(answer["path"]).read_bytes() == weights
+        assert Path(answer["result"]).read_bytes() == weights
         assert hub.fetched == ["model.safetensors"] * 2
         assert hub.ranges == [f"bytes={CHUNK}-"]
 
@@ -158,7 +163,7 @@ def test_download_that_is_cut_once_resumes(tmp_path: Path) -> None:
 def test_corrupt_download_is_accepted_by_the_client(hub: HubServer, tmp_path: Path) -> None:
     """The client compares the size alone, and later trusts its cache: the hash is the caller's to check."""
     hub.corrupt = True
-    path = Path(call(hub, tmp_path, filename="model.safetensors")["path"])
+    path = Path(call(hub, tmp_path, filename="model.safetensors")["result"])
     assert path.stat().st_size == len(WEIGHTS)
     assert path.read_bytes()[:-1] == WEIGHTS[:-1]
     assert path.read_bytes() != WEIGHTS
@@ -169,6 +174,124 @@ def test_corrupt_download_is_accepted_by_the_client(hub: HubServer, tmp_path: Pa
     assert path.read_bytes() != WEIGHTS
     call(hub, tmp_path, filename="model.safetensors", force_download=True)
     assert path.read_bytes() == WEIGHTS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the tests upload."""
+    folder = tmp_path / "folder"
+    (folder / "plots").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Card\n")
+    (folder / "config.json").write_bytes(CONFIG)
+    (folder / "model.safetensors").write_bytes(WEIGHTS[::-1])
+    (folder / "plots/a b.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The files below a folder, but for the one that the Hub adds."""
+    files = (file for file in Path(folder).rglob("*") if file.is_file() and file.name != ".gitattributes")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_uploaded_folder_comes_back(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    new = {"repo_id": "lrauch/new", "token": hub.token}
+    created, uploaded, arrived, hidden = calls(
+        hub,
+        tmp_path,
+        [
+            ("create_repo", {**new, "private": True}),
+            ("upload_folder", {**new, "folder_path": str(folder), "commit_message": "First"}),
+            ("snapshot_download", new),
+            ("snapshot_download", {"repo_id": "lrauch/new", "cache_dir": str(tmp_path / "second")}),
+        ],
+    )
+    repository = hub.repositories["lrauch/new"]
+    assert created["result"] == f"{hub.endpoint}/lrauch/new"
+    assert "result" in uploaded
+    assert repository.private
+    assert repository.messages == {repository.branches["main"]: "First"}
+    assert Path(arrived["result"]).name == repository.branches["main"]
+    assert contents(arrived["result"]) == contents(folder)
+    assert hidden["errors"][0] == "RepositoryNotFoundError"
+
+
+def test_commits_and_branches_keep_their_own_files(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    new = {"repo_id": "lrauch/new", "token": hub.token}
+    upload = {**new, "folder_path": str(folder)}
+    branch = {**new, "branch": "next/a b"}
+    calls(hub, tmp_path, [("create_repo", new), ("upload_folder", upload), ("create_branch", branch)])
+    before, repository = contents(folder), hub.repositories["lrauch/new"]
+    first = repository.branches["main"]
+    assert not repository.private
+    assert repository.branches == {"main": first, "next/a b": first}
+    assert [method for method, _ in hub.requests].count("PUT") == 1
+
+    (folder / "config.json").write_text("{}")
+    (folder / "plots/a b.png").unlink()
+    hub.requests.clear()
+    revisions = {"next/a b": contents(folder), "main": before, first: before}
+    _, outdated, *arrived = calls(
+        hub,
+        tmp_path,
+        [
+            ("upload_folder", {**upload, "revision": "next/a b", "delete_patterns": "*.png"}),
+            ("upload_folder", {**upload, "parent_commit": "0" * 40}),
+            *[("snapshot_download", {**new, "revision": revision}) for revision in revisions],
+        ],
+    )
+    assert "PUT" not in [method for method, _ in hub.requests]  # the weights are there already
+    assert [contents(answer["result"]) for answer in arrived] == list(revisions.values())
+    assert outdated["errors"][0] == "HfHubHTTPError"
+    assert repository.branches["main"] == first
+
+
+def test_who_may_upload(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    new = {"repo_id": "lrauch/new", "token": hub.token}
+    upload = {**new, "folder_path": str(folder)}
+    stranger = {"token": "hf_stranger"}
+    me, created, again, *refused = calls(
+        hub,
+        tmp_path,
+        [
+            ("whoami", {"token": hub.token}),
+            ("create_repo", new),
+            ("create_repo", {**new, "exist_ok": True}),
+            ("whoami", stranger),
+            ("create_repo", {"repo_id": "lrauch/other", **stranger}),
+            ("create_repo", {**new, "repo_id": "somebody/new"}),
+            ("create_repo", new),
+            ("upload_folder", {**upload, **stranger}),
+            ("upload_folder", {**upload, "repo_id": "lrauch/absent"}),
+            ("upload_folder", {**upload, "revision": "absent"}),
+        ],
+    )
+    assert me["result"]["name"] == "lrauch"
+    assert created == again == {"result": f"{hub.endpoint}/lrauch/new"}
+    assert all("HTTPError" in answer["errors"] for answer in refused)
+    assert hub.repositories.keys() == {hub.repo_id, "lrauch/new"}
+    assert len(hub.repositories["lrauch/new"].commits) == 1
+
+
+@pytest.mark.parametrize("place", ["/lfs/", "/commit/"])
+def test_upload_that_is_cut_changes_nothing(hub: HubServer, tmp_path: Path, folder: Path, place: str) -> None:
+    repository = hub.repositories[hub.repo_id]
+    upload = {"folder_path": str(folder), "token": hub.token}
+    hub.hang_up = place
+    assert "errors" in call(hub, tmp_path, "upload_folder", **upload)
+    assert any(place in path for _, path in hub.requests)
+    assert repository.commits == {hub.commit: hub.files}
+    assert repository.branches == {"main": hub.commit}
+    hub.hang_up = None
+    assert "result" in call(hub, tmp_path, "upload_folder", **upload)
+    assert repository.branches["main"] != hub.commit
+
+
+def test_damaged_object_is_refused(hub: HubServer) -> None:
+    address = f"{hub.endpoint}/lfs/{hashlib.sha256(WEIGHTS).hexdigest()}"
+    with pytest.raises(HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(address, WEIGHTS[1:], method="PUT"))
+    assert not hub.objects
 
 
 def test_environment_is_free_of_settings(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

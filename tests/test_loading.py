@@ -1,15 +1,15 @@
 """Saving and loading: bit-equal, strict by default, on every door that Transformers has."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, run_python, tiny_config, tiny_model
+from conftest import TESTS, run_python, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from bat_audio import BatConfig, BatModel, BatPreTrainedModel
+from bat_audio.modeling_bat import AUTO_MAP
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_config_written_by_the_other_major_version_is_the_same(major):
 
 
 AUTO_MAPS = {
-    "config.json": {"AutoConfig": "configuration_bat.BatConfig", "AutoModel": "modeling_bat.BatModel"},
+    "config.json": AUTO_MAP,
     "preprocessor_config.json": {"AutoFeatureExtractor": "processing_bat.BatFeatureExtractor"},
 }
 SAVE_AND_LOAD = """
@@ -195,11 +195,10 @@ print(extractor.to_dict() == AutoFeatureExtractor.from_pretrained(sys.argv[1], t
 
 def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
     source, _ = saved  # saved by the installed package, so its code is that of the repository
-    shutil.copy(ROOT / "preprocessor_config.json", source)
-    shutil.copy(ROOT / "processing_bat.py", source)
     first = run_python(SAVE_AND_LOAD, source, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
     files, value = first.stdout.splitlines()
-    assert {"configuration_bat.py", "modeling_bat.py", "processing_bat.py"} <= set(json.loads(files.replace("'", '"')))
+    code = {"configuration_bat.py", "modeling_bat.py", "pipeline_bat.py", "processing_bat.py"}
+    assert code <= set(json.loads(files.replace("'", '"')))
     for reference in ("config.json", "preprocessor_config.json"):
         auto_map = json.loads((tmp_path / "out" / reference).read_text())["auto_map"]
         assert auto_map == AUTO_MAPS[reference]

@@ -1,0 +1,391 @@
+"""Fine-tuning: accumulated, checkpointed, resumed and distributed runs equal the plain one; groups and metrics."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers
+from conftest import THREADS, run, run_python, tiny_config
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForAudioFrameClassification
+from transformers.trainer_utils import EvalPrediction
+
+from bat_audio import BatConfig, BatForAudioClassification
+from bat_audio.tools.finetune import build_model, classification_metrics, finetune, parameter_groups
+from bat_audio.tools.recipes import PRESETS, FinetuneSettings
+
+PLAIN = {"mixup": 0.0, "freq_masks": 0, "time_masks": 0, "roll": False}  # no augmentation
+SOUNDS = ("clicks", "hiss", "hum")
+
+
+def sound(kind: str, seed: int, samples: int = 8000) -> np.ndarray:
+    """Sounds of different texture, which a tiny network tells apart after some forty steps."""
+    rng, n = np.random.default_rng(seed), np.arange(samples)
+    if kind == "hiss":
+        wave = rng.standard_normal(samples)
+    elif kind == "clicks":
+        wave = 1.0 * (n % (1600 + 100 * seed) < 16)
+    else:
+        wave = sum(np.sin(2 * np.pi * (100 + seed) * harmonic * n / 16000) for harmonic in range(1, 30))
+    return 0.02 * wave + 0.0002 * rng.standard_normal(samples)
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory) -> Path:
+    """A folder of class folders with 8 clips of half a second of each sound."""
+    folder = tmp_path_factory.mktemp("data") / "sounds"
+    for kind in SOUNDS:
+        (folder / kind).mkdir(parents=True)
+        for seed in range(8):
+            soundfile.write(folder / kind / f"{seed}.wav", sound(kind, seed), 16000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_json(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    tiny_config(input_shape=[64, 128]).save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.fixture
+def options(sounds, tiny_json, tmp_path) -> dict:
+    """Options of a short run from random weights, in which nothing depends on the process but augmentation."""
+    return {
+        "train": str(sounds),
+        "out": str(tmp_path / "model"),
+        "validation_fraction": 0.25,
+        "untrained": True,
+        "config": str(tiny_json),
+        "steps": 12,
+        "eval_every": 4,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "layer_decay": 1.0,
+        "head_pooling": "mean",
+        "drop_path": 0.0,
+        "num_frames": 64,
+        "num_workers": 0,
+        "report_to": "none",
+        "bf16": False,
+    }
+
+
+def trained(options: dict, **changes) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics and weights of a run."""
+    settings = FinetuneSettings(**{**options, **changes})
+    metrics = finetune(settings)
+    return metrics, load_file(Path(settings.out) / "model.safetensors")
+
+
+def command_line(options: dict) -> list[str]:
+    words = [options["train"]]
+    for name, value in options.items():
+        if name != "train":
+            flag = name.replace("_", "-")
+            words += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return words
+
+
+def assert_same_weights(one: dict, other: dict, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance and name.endswith("attn.qkv.bias"):
+            # The keys' bias has no gradient but rounding noise, which AdamW scales up.
+            one[name].unflatten(0, (3, -1))[1] = other[name].unflatten(0, (3, -1))[1] = 0
+        torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance}, msg=name)
+
+
+# Parts
+
+
+def test_parameter_groups_follow_depth_and_kind():
+    model = BatForAudioClassification(tiny_config(head_type="cgp", num_prototypes=5, num_labels=3))
+    found = {}
+    for group in parameter_groups(model, 1.0, 0.05, 0.5):
+        for parameter in group["params"]:
+            found[id(parameter)] = (group["lr"], group["weight_decay"])
+    named = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert named["head.fc.weight"] == (1.0, 0.05)
+    assert named["head.fc.bias"] == (1.0, 0.0)
+    assert named["head.block_attention"] == named["head.prototype_vectors"] == (1.0, 0.0)
+    assert named["bat.blocks.1.attn.qkv.weight"] == (0.5, 0.05)
+    assert named["bat.blocks.0.mlp.fc1.weight"] == (0.25, 0.05)
+    assert named["bat.blocks.0.norm1.weight"] == (0.25, 0.0)
+    assert named["bat.patch_embed.proj.weight"] == named["bat.cls_token"] == (0.125, 0.05)
+    assert named["bat.pre_norm.bias"] == (0.125, 0.0)
+    model.freeze_base_model()
+    groups = parameter_groups(model, 1.0, 0.05, 0.5)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.head.parameters()))
+
+
+def test_metrics_of_single_labels():
+    logits = np.array([[2.0, 1, 0], [0, 1, 2], [0, 3, 1], [5, 0, 0]])
+    metrics = classification_metrics(EvalPrediction(logits, np.array([0, 2, 2, 0])))
+    assert metrics["accuracy"] == 0.75
+    assert metrics["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
+def test_metrics_of_multiple_labels():
+    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0.0]])
+    logits = np.array([[3.0, -1, 0], [4, 2, 0], [1, 1, 0]])
+    metrics = classification_metrics(EvalPrediction(logits, labels))
+    # Class 0 is ranked 2nd and 3rd, class 1 1st and 2nd; class 2 does not occur.
+    assert metrics["map"] == pytest.approx(((1 / 2 + 2 / 3) / 2 + 1) / 2)
+    assert metrics["f1"] == pytest.approx((2 * (2 / 3) / (2 / 3 + 1) + 1) / 2)
+
+
+def test_presets_are_the_authors():
+    probe = FinetuneSettings(train="x", out="y", preset="probe").with_preset()
+    assert (probe.learning_rate, probe.beta2, probe.steps, probe.warmup * probe.steps) == (1e-3, 0.999, 4000, 400)
+    assert (probe.batch_size, probe.weight_decay, probe.freeze_encoder, probe.head) == (48, 0.05, True, "cgp")
+    tuned = FinetuneSettings(train="x", out="y").with_preset()
+    assert (tuned.learning_rate, tuned.beta2, tuned.layer_decay) == (5e-5, 0.95, 0.75)
+    assert (tuned.steps, tuned.warmup * tuned.steps, tuned.drop_path, tuned.mixup) == (40000, 4000, 0.1, 0.9)
+    assert (tuned.freq_masks, tuned.time_masks, tuned.roll, tuned.multi_label_loss) == (2, 2, True, "asymmetric")
+    assert FinetuneSettings(train="x", out="y", mixup=0.0).with_preset().mixup == 0.0
+    assert all(value is not None for preset in PRESETS.values() for value in preset.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "fast"}, "preset='fast'"),
+        ({"checkpoint": "x"}, "takes no checkpoint"),
+        ({"untrained": False}, "config belongs to untrained"),
+        ({"epochs": 3.0}, "give one of them"),
+        ({"lora": 4, "freeze_encoder": True}, "lora=4"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"warmup": 5}, "warmup=5"),
+        ({"gradient_accumulation": 3}, "batch_size=8 must be a multiple of 3"),
+        ({"head": "mlp"}, "head_type='mlp'"),
+        ({"mixup": 2.0}, "mixup"),
+    ],
+)
+def test_wrong_settings_are_refused_and_leave_nothing(options, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(FinetuneSettings(**{**options, **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_in_the_way_is_refused(options, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        finetune(FinetuneSettings(**options))
+
+
+# Runs
+
+
+def test_run_writes_a_model_that_loads_with_its_classes_and_metrics(options, sounds):
+    metrics, _ = trained(options, steps=48, eval_every=16, **PLAIN)
+    folder = Path(options["out"])
+    assert metrics["accuracy"] == 1.0
+    assert json.loads((folder / "eval_results.json").read_text()) == metrics
+    card = ModelCard.load(folder / "README.md")
+    assert {"Accuracy": 1.0}.items() <= {r.metric_name: r.metric_value for r in card.data.eval_results}.items()
+
+    model = AutoModelForAudioClassification.from_pretrained(folder)
+    assert model.config.id2label == dict(enumerate(SOUNDS))
+    assert model.config.problem_type == "single_label_classification"
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    assert extractor.num_frames == 64
+    for label in SOUNDS:
+        inputs = extractor(extractor.load_audio(sounds / label / "1.wav"), sampling_rate=16000, return_tensors="pt")
+        assert model.config.id2label[model(**inputs).logits.argmax().item()] == label
+
+
+def test_best_checkpoint_is_the_one_written(options):
+    """A learning rate that spoils the model after a good start."""
+    metrics, weights = trained(options, steps=24)
+    state = sorted(Path(f"{options['out']}.training").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1]
+    log = json.loads((state / "trainer_state.json").read_text())
+    scores = {entry["step"]: entry["eval_accuracy"] for entry in log["log_history"] if "eval_accuracy" in entry}
+    assert metrics["accuracy"] == max(scores.values())
+    best = Path(f"{options['out']}.training") / f"checkpoint-{log['best_global_step']}"
+    assert_same_weights(weights, load_file(best / "model.safetensors"))
+
+
+def test_probe_leaves_the_encoder_as_it_was(options, tmp_path):
+    for head in ("linear", "cgp"):
+        changes = {"preset": "probe", "head": head, "num_prototypes": 7, "out": str(tmp_path / head)}
+        settings = FinetuneSettings(**{**options, **changes})
+        _, weights = trained(options, **changes)
+        transformers.set_seed(settings.seed)
+        start = build_model(settings.with_preset(), list(SOUNDS), False).state_dict()
+        assert start.keys() == weights.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, start[name]) == name.startswith("bat."), name
+
+
+def test_gradient_accumulation_gives_the_same_update(options, tmp_path):
+    _, whole = trained(options, steps=3, eval_every=3)
+    _, parts = trained(options, steps=3, eval_every=3, gradient_accumulation=4, out=str(tmp_path / "parts"))
+    assert_same_weights(whole, parts, atol=2e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(options, tmp_path):
+    for preset in ("finetune", "probe"):
+        changes = {"preset": preset, "head": "cgp", "num_prototypes": 7, "steps": 3, "eval_every": 3}
+        _, plain = trained(options, **changes, out=str(tmp_path / f"{preset}-plain"))
+        checkpointed = {"gradient_checkpointing": True, "out": str(tmp_path / f"{preset}-checkpointed")}
+        _, again = trained(options, **changes, **checkpointed)
+        assert_same_weights(plain, again, atol=1e-6)
+
+
+def test_lora_trains_the_attention_alone_and_is_merged(options):
+    settings = FinetuneSettings(**{**options, "lora": 2})
+    _, weights = trained(options, lora=2, steps=8)
+    transformers.set_seed(settings.seed)
+    start = build_model(settings.with_preset(), list(SOUNDS), False).state_dict()
+    changed = {name for name in weights if not torch.equal(weights[name], start[name])}
+    adapted = {f"bat.blocks.{i}.attn.{name}.weight" for i in range(2) for name in ("qkv", "gate", "proj")}
+    assert {name for name in changed if name.startswith("bat.")} == adapted
+    assert weights.keys() == start.keys()
+    assert {name for name in start if name.startswith("head.")} <= changed
+
+
+def test_checkpoint_is_where_training_starts(options, tmp_path):
+    """Fine-tuning again from a fine-tuned model: its encoder, a new head for other classes."""
+    trained(options)
+    again = {**options, "untrained": False, "checkpoint": options["out"], "out": str(tmp_path / "again")}
+    del again["config"]
+    _, weights = trained(again, preset="probe", head="linear", steps=2, eval_every=2)
+    first = load_file(Path(options["out"]) / "model.safetensors")
+    assert all(torch.equal(weights[name], first[name]) for name in first if name.startswith("bat."))
+
+
+def test_frames_from_a_manifest(options, tmp_path):
+    rows = []
+    for number in range(12):
+        onset = 0.16 * (number % 3)
+        wave = np.zeros(int(16000 * 0.64))
+        for label, start in (("hiss", onset), ("hum", 0.32)):
+            first = int(16000 * start)
+            wave[first : first + 5120] += sound(label, number, 5120)
+            rows.append([f"{number}.wav", label, start, start + 0.32])
+        soundfile.write(tmp_path / f"{number}.wav", wave, 16000)
+    manifest = tmp_path / "events.csv"
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "labels", "onset", "offset"], *rows])
+    metrics, _ = trained({**options, "train": str(manifest)}, frames=True, steps=60, eval_every=20, **PLAIN)
+    assert metrics["map"] > 0.98
+    model = AutoModelForAudioFrameClassification.from_pretrained(options["out"])
+    extractor = AutoFeatureExtractor.from_pretrained(options["out"])
+    inputs = extractor(extractor.load_audio(tmp_path / "1.wav"), sampling_rate=16000, return_tensors="pt")
+    events = model.decode_events(model(**inputs).logits)[0]
+    found = {event["label"]: (event["onset"], event["offset"]) for event in events}
+    assert found["hum"] == pytest.approx((0.32, 0.64))
+    assert found["hiss"][0] == pytest.approx(0.16)
+
+
+def test_multi_label_manifest_with_bce(options, tmp_path):
+    with (tmp_path / "clips.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "labels"])
+        for number in range(16):
+            labels = [label for place, label in enumerate(SOUNDS) if number >> place & 1]
+            wave = sum((sound(label, number) for label in labels), 0.0002 * sound("hiss", 99))
+            soundfile.write(tmp_path / f"{number}.wav", wave, 16000)
+            writer.writerow([f"{number}.wav", ";".join(labels)])
+    manifest = str(tmp_path / "clips.csv")
+    changes = {"train": manifest, "validation": manifest, "steps": 80, "eval_every": 40, "multi_label_loss": "bce"}
+    metrics, _ = trained({**options, **changes, **PLAIN})
+    assert metrics["map"] > 0.9
+    assert BatConfig.from_pretrained(options["out"]).problem_type == "multi_label_classification"
+
+
+# Interrupted and distributed runs
+
+
+def cli(options: dict) -> list[str]:
+    return [sys.executable, "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
+    # Dropout and drop path take part, whose random numbers must go on where they were.
+    options = {**options, "head": "cgp", "num_prototypes": 7, "drop_path": 0.3, "steps": 120, "eval_every": 20}
+    expected, weights = trained(options, out=str(tmp_path / "whole"))
+
+    work = Path(f"{options['out']}.training")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    with subprocess.Popen(
+        cli(options), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (work / "checkpoint-40" / "trainer_state.json").exists():
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not Path(options["out"]).exists()
+    # As if it had been killed while it wrote one more checkpoint.
+    partial = work / "checkpoint-60"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(work / "checkpoint-40", partial)
+    (partial / "trainer_state.json").unlink()
+    (partial / "optimizer.pt").write_bytes(b"half")
+
+    result = json.loads(run(cli(options)).stdout.splitlines()[-1])
+    assert {name: result[name] for name in expected} == expected
+    assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights)
+
+
+def test_begun_folder_refuses_other_settings(options, tmp_path):
+    trained(options)
+    shutil.rmtree(options["out"])
+    with pytest.raises(ValueError, match=r"other settings \(batch_size=8, now 4\)"):
+        trained(options, batch_size=4)
+
+
+@pytest.mark.parametrize("preset", ["finetune", "probe"])
+def test_two_processes_equal_one(options, tmp_path, preset):
+    options = {**options, "preset": preset, "steps": 6, "eval_every": 3}
+    expected, weights = trained(options, out=str(tmp_path / "one"))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
+    run([sys.executable, *launch], CUDA_VISIBLE_DEVICES="")
+    metrics = json.loads((Path(options["out"]) / "eval_results.json").read_text())
+    assert metrics == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
+    assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
+
+
+def test_accelerate_launch(options):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "bat_audio.tools.cli"]
+    run([sys.executable, *launch, "finetune", *command_line({**options, "steps": 2, "eval_every": 2})])
+    assert AutoModelForAudioClassification.from_pretrained(options["out"]).config.num_labels == 3
+
+
+def test_errors_are_one_line(options, tmp_path):
+    result = run(cli({**options, "train": str(tmp_path / "nothing")}), check=False)
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()[
+        -1:
+    ]
+    assert "nothing" in result.stderr
+    assert "Traceback" in run([*cli({**options, "train": "nothing"}), "--debug"], check=False).stderr
+
+
+def test_folder_loads_without_the_package(options):
+    trained(options, steps=2, eval_every=2)
+    code = """
+import sys
+from transformers import pipeline
+scores = pipeline("audio-classification", model=sys.argv[1], trust_remote_code=True)(sys.argv[2])
+assert "bat_audio" not in sys.modules
+print(sorted(score["label"] for score in scores))
+"""
+    sound = Path(options["train"]) / "hum" / "0.wav"
+    printed = run_python(code, options["out"], sound, HF_MODULES_CACHE=Path(options["out"]).parent / "modules").stdout
+    assert printed.splitlines()[-1] == str(list(SOUNDS))

@@ -1,0 +1,116 @@
+"""The command line `bat-audio`: fine-tune, convert and publish BAT models."""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from bat_audio.tools.recipes import FinetuneSettings
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def command(function: Callable) -> Callable:
+    """Make a subcommand whose foreseen errors are one line and exit status 1."""
+
+    @functools.wraps(function)
+    def run(*args, debug: bool = False, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (ImportError, OSError, ValueError) as error:
+            if debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    signature = inspect.signature(function)
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    return app.command()(run)
+
+
+def _options_of(settings_class: type) -> list[inspect.Parameter]:
+    """A command's parameters from the fields of a dataclass and their help; the first field is the argument."""
+    hints = {**get_type_hints(settings_class), "train": str, "validation": str | None}
+    parameters = []
+    for item in fields(settings_class):
+        names = ["--out", "-o"] if item.name == "out" else []
+        declare = typer.Option if parameters else typer.Argument
+        annotation = Annotated[hints[item.name], declare(*names, help=item.metadata["help"])]
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+def finetune(**options):
+    """Fine-tune BAT, or probe it frozen, on labelled sounds; writes a model folder with a card.
+
+    bat-audio finetune sounds/ -o my-model --preset probe
+
+    bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20 --learning-rate 1e-4
+
+    accelerate launch --num_processes 4 -m bat_audio.tools.cli finetune sounds/ -o my-model
+    """
+    from bat_audio.tools.finetune import finetune
+
+    metrics = finetune(FinetuneSettings(**options))
+    typer.echo(json.dumps({"model": options["out"], **metrics}))
+
+
+finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings))
+command(finetune)
+
+
+@command
+def convert(
+    source: Annotated[Path, typer.Argument(help="The authors' checkpoint: a pickle of torch.save or .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
+    config: Annotated[Path | None, typer.Option(help="config.json, for what the weights' shapes cannot tell.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    head_pooling: Annotated[str, typer.Option(help="What the head takes for a clip, cls or mean.")] = "cls",
+    frames: Annotated[bool, typer.Option("--frames", help="The head classifies every 160 ms.")] = False,
+):
+    """Convert a checkpoint or trained probe of the authors' code into a model folder.
+
+    bat-audio convert BAT_base.pt bat-base
+    """
+    from bat_audio.tools.convert import convert
+
+    folder = convert(source, out, ema=ema, config=config, labels=labels, head_pooling=head_pooling, frames=frames)
+    typer.echo(f"wrote {folder}")
+
+
+@command
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Model folder of finetune, convert or save_pretrained.")],
+    repository: Annotated[str, typer.Argument(help="Hub repository, namespace/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Assemble and check, but upload nothing.")] = False,
+):
+    """Assemble a complete Hub repository, check that it loads with the same outputs, and upload it in one commit.
+
+    bat-audio publish my-model me/my-model --private
+    """
+    from bat_audio.tools.publish import publish
+
+    url = publish(folder, repository, private=private, revision=revision, dry_run=dry_run)
+    typer.echo("nothing was uploaded (dry run)" if dry_run else f"published {url}")
+
+
+def main():
+    app(prog_name="bat-audio")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

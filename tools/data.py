@@ -1,0 +1,533 @@
+"""Data for fine-tuning: labelled clips from folders, manifests and `datasets`, and a dataset of features and targets.
+
+`read_examples` lists the clips, `split_examples` holds some out, and `ClipDataset` makes features and targets of them.
+
+Shapes: T frames of 10 ms, M mel bands, C labels, S = T/16 steps of 160 ms.
+"""
+
+import csv
+import importlib
+import io
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, fit_frames
+
+SOUND_SUFFIXES = (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav")
+MANIFEST_COLUMNS = ("path", "labels", "label", "start", "duration", "onset", "offset")
+IGNORED_STEP = -100.0  # target of the steps behind a clip's end, which the frame-wise loss leaves out
+TIME_TOLERANCE = 1e-6  # s; times that were stored as float32 are off by less
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedAudio:
+    """A sound file inside a `datasets` dataset; its bytes are read only when asked for."""
+
+    dataset: "datasets.Dataset"  # noqa: F821
+    row: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, row {self.row}"
+
+    def open(self) -> io.BytesIO:
+        file = io.BytesIO(self.dataset[self.row]["audio"]["bytes"])
+        file.name = str(self)  # stands in the errors of load_audio
+        return file
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip: a sound file, or the part of it that begins at `start` and lasts `duration`.
+
+    Args:
+        source: path of the sound file, or the file inside a dataset.
+        labels: what the clip holds, each label once; may be empty.
+        start, duration: the part, in seconds; a duration of None reaches to the end of the file.
+        events: (onset, offset, label), in seconds from the clip's start; only for frame-wise training.
+    """
+
+    source: str | EmbeddedAudio
+    labels: tuple[str, ...]
+    start: float = 0.0
+    duration: float | None = None
+    events: tuple[tuple[float, float, str], ...] = ()
+
+    def load(self, processor: BatAudioProcessor) -> torch.Tensor:
+        """The waveform (samples,) at the processor's rate; errors as of `load_audio`."""
+        source = self.source if isinstance(self.source, str) else self.source.open()
+        return processor.load_audio(source, self.start, self.duration)
+
+
+def read_examples(source, frames: bool = False, split: str | None = None) -> list[Example]:
+    """The clips of a data source, in its order (those of a folder sorted by name).
+
+    Args:
+        source: one of
+
+            - a folder of class folders, FOLDER/label/**/*.wav, with files of any of `SOUND_SUFFIXES`; hidden files
+              are left out;
+            - a CSV (commas, UTF-8) or Parquet file with the columns `path` (relative to the file's own folder) and
+              `labels`, and optionally `start` and `duration` in seconds. Rows about the same part of a sound file are
+              one clip with the labels of all of them;
+            - a `datasets.Dataset` or `DatasetDict`, or a folder written by its save_to_disk, with the columns `audio`
+              and `labels`, and optionally `start` and `duration`.
+
+            The column `labels`, or else `label`, holds text (several labels are separated by ";"), class numbers, a
+            list of these, or nothing for a clip without labels.
+        frames: read events for frame-wise training. In a CSV or Parquet file every row is then an event, with its
+            times in the columns `onset` and `offset`, in seconds from the clip's start; a row with neither times nor
+            labels is a clip without events. A dataset has the column `events` in place of `labels`: for every clip a
+            list of dicts with `onset`, `offset` and `label`.
+        split: which dataset of a DatasetDict.
+
+    Raises:
+        ValueError: missing columns or sounds, wrong times or labels; the message names file, row and column.
+        FileNotFoundError: the source, or a sound file that it names, is not there.
+        ImportError: pyarrow or datasets is needed and missing.
+    """
+    name = "the dataset"
+    if isinstance(source, str | Path):
+        name, path = str(source), Path(source)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            source = _optional("datasets").load_from_disk(name)
+        elif split is not None:
+            raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
+        elif path.is_dir():
+            if frames:
+                raise ValueError(
+                    f"{name}: a folder tells no onsets; frame-wise training needs a .csv or .parquet file."
+                )
+            return _folder_examples(path)
+    is_manifest = isinstance(source, str | Path)
+    rows = _manifest_rows(path, frames) if is_manifest else _dataset_rows(source, name, frames, split)
+
+    clips: dict[tuple, dict] = {}  # (file, start, duration) -> its events, as the keys of a dict
+    for where, file, cells in rows:
+        clip = file, _seconds(cells, "start", where) or 0.0, _seconds(cells, "duration", where)
+        if clip[2] == 0:
+            raise ValueError(f"{where}: duration=0 holds no sound; leave it empty to reach to the end of the file.")
+        clips.setdefault(clip, {}).update(dict.fromkeys(_events(cells, where, clip[2], frames)))
+    if not clips:
+        raise ValueError(f"{name}: there are no rows in it.")
+    files = {file for file, _, _ in clips if isinstance(file, str)}
+    missing = sorted(file for file in files if not os.path.isfile(file))
+    if missing:
+        raise FileNotFoundError(
+            f"{name}: {len(missing)} of {len(files)} sound files are not there: {_some(missing)}. Correct the paths"
+            + (", which are relative to the folder of this file." if is_manifest else ".")
+        )
+    return [
+        Example(
+            file, tuple(dict.fromkeys(event[2] for event in events)), start, duration, tuple(events) if frames else ()
+        )
+        for (file, start, duration), events in clips.items()
+    ]
+
+
+def _folder_examples(folder: Path) -> list[Example]:
+    paths = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    examples, strange = [], [path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and path.is_file()]
+    for class_folder in filter(Path.is_dir, paths):
+        files = []
+        for parent, subfolders, names in os.walk(class_folder, followlinks=True):
+            subfolders[:] = [name for name in subfolders if name[0] != "."]
+            files += [Path(parent, name) for name in names if name[0] != "."]
+        if not files:
+            raise ValueError(f"{class_folder}: no sound file in this class folder; fill it or remove it.")
+        strange += [file for file in files if file.suffix.lower() not in SOUND_SUFFIXES]
+        examples += [Example(str(file), (class_folder.name,)) for file in sorted(files)]
+    if strange:
+        raise ValueError(
+            f"{folder}: {len(strange)} files lie in no class folder or are no sounds that can be read: "
+            f"{_some(sorted(strange))}. Expected FOLDER/label/sound with a sound of {' '.join(SOUND_SUFFIXES)}: "
+            "convert them, or move them elsewhere."
+        )
+    if not examples:
+        raise ValueError(f"{folder}: no class folders in it; expected FOLDER/label/sound.wav.")
+    return examples
+
+
+def _manifest_rows(file: Path, frames: bool) -> Iterator[tuple[str, str, dict]]:
+    """The name, sound file and cells of each row, the labels in the cell `labels`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file or folder.")
+    if file.suffix.lower() == ".csv":
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                reader = csv.DictReader(lines, strict=True)
+                columns = reader.fieldnames or []
+                rows = [(f"{file}, line {reader.line_num}", cells) for cells in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{file}: cannot be read as CSV in UTF-8: {error}.") from error
+        for where, cells in rows:
+            if None in cells or None in cells.values():  # more or fewer cells than columns
+                raise ValueError(f"{where}: expected {len(columns)} cells as in line 1; quote cells that hold commas.")
+    elif file.suffix.lower() == ".parquet":
+        parquet = _optional("pyarrow.parquet")
+        try:
+            table = parquet.ParquetFile(file)
+            columns = table.schema_arrow.names
+            table = table.read([column for column in columns if column in MANIFEST_COLUMNS])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read as Parquet: {error}") from error
+        rows = ((f"{file}, row {number}", cells) for number, cells in enumerate(table.to_pylist()))
+    else:
+        raise ValueError(f"{file}: expected a folder, or a file that ends in .csv or .parquet.")
+
+    target = "label" if "label" in columns and "labels" not in columns else "labels"
+    _check_columns(columns, str(file), ["path", target, *(["onset", "offset"] if frames else [])])
+    for where, cells in rows:
+        if not isinstance(cells["path"], str) or not cells["path"]:
+            raise ValueError(f"{where}: path={cells['path']!r} names no sound file.")
+        yield where, str(file.parent / cells["path"]), {**cells, "labels": cells[target]}
+
+
+def _dataset_rows(
+    dataset, name: str, frames: bool, split: str | None
+) -> Iterator[tuple[str, str | EmbeddedAudio, dict]]:
+    """The same of a `datasets` dataset; an event is a row of its own."""
+    datasets = _optional("datasets")
+    if isinstance(dataset, datasets.DatasetDict):
+        if split is None and len(dataset) == 1:
+            split = next(iter(dataset))
+        if split not in dataset:
+            raise ValueError(f"{name}: split={split!r} is none of its splits; choose from {', '.join(dataset)}.")
+        dataset, name = dataset[split], f"{name}, split {split}"
+    elif split is not None:
+        raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"Got a data source of type {type(dataset).__name__}; expected a folder, a .csv or .parquet file, or a "
+            "datasets.Dataset or DatasetDict."
+        )
+    columns = dataset.column_names
+    target = "events" if frames else "label" if "label" in columns and "labels" not in columns else "labels"
+    _check_columns(columns, name, ["audio", target])
+    names = dataset.features[target]  # of the classes, where they are numbers
+    while not (names is None or isinstance(names, datasets.ClassLabel)):
+        names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
+    try:
+        audio = dataset.select_columns("audio").cast_column("audio", datasets.Audio(decode=False)).with_format(None)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: the column audio holds no sound files, neither paths nor bytes ({error})."
+        ) from error
+    all_embedded = audio.flatten().data.column("audio.bytes").null_count == 0  # tells without reading them
+    others = dataset.select_columns([column for column in (target, "start", "duration") if column in columns])
+    for number, cells in enumerate(others.with_format(None)):
+        where = f"{name}, row {number}"
+        sound = {} if all_embedded else audio[number]["audio"] or {}
+        is_embedded = all_embedded or sound.get("bytes") is not None
+        if not is_embedded and not sound.get("path"):
+            raise ValueError(f"{where}: the column audio is empty.")
+        file = EmbeddedAudio(audio, number, name) if is_embedded else sound["path"]
+        events = (cells[target] or [{}]) if frames else [{"label": cells[target]}]
+        if isinstance(events, dict):  # a list of dicts in the form of a dict of lists
+            events = [dict(zip(events, values, strict=True)) for values in zip(*events.values(), strict=True)] or [{}]
+        for event in events:
+            labels = event.get("label")
+            if names is not None and labels is not None:
+                try:
+                    labels = [names.int2str(label) for label in (labels if isinstance(labels, list) else [labels])]
+                except ValueError as error:
+                    raise ValueError(
+                        f"{where}, column {target}: {error}; expected 0..{names.num_classes - 1}."
+                    ) from error
+            yield where, file, {**cells, **event, "labels": labels}
+
+
+def _check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
+    missing = [column for column in required if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name}: no column {' and no '.join(map(repr, missing))} among {', '.join(map(repr, columns))}; add it, "
+            "or rename a column."
+        )
+
+
+def _seconds(cells: dict, column: str, where: str) -> float | None:
+    value = cells.get(column)
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{where}: {column}={value!r} is no time; expected seconds from 0 on, or nothing.")
+    return seconds
+
+
+def _events(cells: dict, where: str, duration: float | None, frames: bool) -> list[tuple]:
+    """(onset, offset, label) of each label in the row; without times they are None, which `frames` does not allow."""
+    labels = cells["labels"]
+    if isinstance(labels, str):
+        labels = labels.split(";") if labels.strip() else []
+    elif not isinstance(labels, list):
+        labels = [] if labels is None else [labels]
+    for label in labels:
+        if not isinstance(label, str | int) or not str(label).strip():
+            raise ValueError(f"{where}: labels={cells['labels']!r} holds {label!r}, which is no label; expected text.")
+    onset, offset = _seconds(cells, "onset", where), _seconds(cells, "offset", where)
+    times = f"{where}: onset={onset} and offset={offset}"
+    if (onset is None) != (offset is None) or (frames and (onset is None) != (not labels)):
+        raise ValueError(f"{times} with {len(labels)} labels; an event needs all three, a clip without events none.")
+    if onset is not None and not onset < (offset if duration is None else min(offset, duration)):
+        raise ValueError(f"{times} in a clip of duration={duration}: the onset must come before both.")
+    return [(onset, offset, str(label).strip()) for label in labels]
+
+
+def _optional(library: str):
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f'Reading this needs {library} ({error}): pip install "bat-audio[train]"') from error
+
+
+def _some(items: Sequence) -> str:
+    return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def label_names(examples: Iterable[Example]) -> list[str]:
+    """The labels of all examples, sorted: the model's classes; raises a ValueError when there are none."""
+    names = sorted({label for example in examples for label in example.labels})
+    if not names:
+        raise ValueError("None of the examples has a label.")
+    return names
+
+
+def split_examples(examples: Sequence[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples, both in their old order; the clips of one file stay together.
+
+    Of every label about `fraction` of the clips go to validation, but never all of them; rare labels choose first.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, or so few files that nothing can be held out.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction} of the examples to hold out must lie between 0 and 1.")
+    counts: dict[object, Counter] = defaultdict(Counter)  # of each file the clips with each label
+    files = [os.path.realpath(e.source) if isinstance(e.source, str) else e.source for e in examples]
+    for file, example in zip(files, examples, strict=True):
+        counts[file].update(example.labels or [None])
+    total = sum(counts.values(), Counter())
+    order = list(counts)
+    np.random.default_rng(seed).shuffle(order)
+    members = defaultdict(list)
+    for file in order:
+        for label in counts[file]:
+            members[label].append(file)
+    held, undecided, held_files, owed = Counter(), set(order), set(), 0.0
+    for rare in sorted(total, key=lambda label: (total[label], label or "")):
+        # What rounding leaves over is passed on, so that many small classes together give their fraction.
+        wanted = fraction * total[rare] + owed
+        for file in members[rare]:
+            leaves_some = all(held[label] + count < total[label] for label, count in counts[file].items())
+            if file in undecided and leaves_some and held[rare] + counts[file][rare] / 2 < wanted:
+                held.update(counts[file])
+                held_files.add(file)
+        undecided.difference_update(members[rare])
+        owed = min(1.0, max(-1.0, wanted - held[rare]))
+    if not held_files:
+        raise ValueError(
+            f"fraction={fraction} of {len(counts)} files leaves no file for validation; raise it, or name other data."
+        )
+    return (
+        [example for file, example in zip(files, examples, strict=True) if file not in held_files],
+        [example for file, example in zip(files, examples, strict=True) if file in held_files],
+    )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training clips; none by default.
+
+    Args:
+        mixup: probability of mixing a clip with another one of the dataset, lam * clip + (1 - lam) * other.
+        mixup_alpha: lam comes from Beta(mixup_alpha, mixup_alpha).
+        freq_masks, freq_width: number of SpecAugment's masks of 0 to `freq_width` mel bands.
+        time_masks, time_width: number of masks of 0 to `time_width` frames of 10 ms.
+        roll: rotate every clip, and its events, by a random time.
+        gain_db: raise or lower every clip by up to so many dB; matters in mixtures alone, as features are scaled.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    mixup: float = 0.0
+    mixup_alpha: float = 0.8
+    freq_masks: int = 0
+    freq_width: int = 16
+    time_masks: int = 0
+    time_width: int = 64
+    roll: bool = False
+    gain_db: float = 0.0
+
+    def __post_init__(self):
+        wrong = [name for name, value in vars(self).items() if not 0 <= value < math.inf]
+        if wrong or self.mixup > 1 or self.mixup_alpha == 0:
+            raise ValueError(f"{self}: expected finite values from 0 on, mixup up to 1 and mixup_alpha above 0.")
+
+
+def frame_targets(
+    events: Iterable[tuple[float, float, int]],
+    num_labels: int,
+    num_steps: int,
+    seconds: float,
+    step: float = 0.16,
+    shift: float = 0.0,
+) -> torch.Tensor:
+    """Which events are heard at each step: (num_steps, num_labels) float32 of 0, 1 and -100.
+
+    A step is active when an event covers at least half of it; an event too short for that marks the step that it covers
+    most. An event lasts at most to the clip's end, and the steps behind that are -100.
+
+    Args:
+        events: onset and offset in seconds, and the label's number.
+        num_steps: steps of the result; events behind them are cut off.
+        seconds: length of the clip.
+        step: seconds of a step.
+        shift: seconds from 0 to `seconds` by which the clip is rotated; what leaves at the end comes in at the start.
+    """
+    edges = step * np.arange(max(num_steps, math.ceil(seconds / step)) + 1)
+    targets = np.zeros((len(edges) - 1, num_labels), dtype=np.float32)
+    for onset, offset, label in events:
+        covered = np.zeros(len(targets))  # seconds of each step
+        for moved in (shift, shift - seconds):
+            begin, end = max(onset + moved, 0), min(min(offset, seconds) + moved, seconds)
+            covered += np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin), 0, None)
+        active = covered >= step / 2 - TIME_TOLERANCE
+        targets[active if active.any() else covered.argmax(), label] = 1
+    targets[edges[:-1] >= seconds] = IGNORED_STEP
+    return torch.from_numpy(targets[:num_steps])
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Features and targets of examples, for a `Trainer` or `DataLoader`.
+
+    Item i is a dict of `input_features` (1, T, M) in 0..1 and `labels`: the class number, () int64, or probabilities
+    (C,) float32 when the augmentation has mixup; with `multi_label`, 0 or 1 for every label, (C,) float32; with
+    `frames`, the same at every step, (S, C), as of `frame_targets`.
+
+    Augmentation in this order: decode, roll, gain, mixup, log-mel features, SpecAugment. The epochs follow each other
+    in one long row of items, each of which depends on nothing but the seed and its place: it is the same in any
+    process, in any order and after resuming.
+
+    Args:
+        labels: the model's classes, in its order; see `label_names`.
+        processor: makes the features, which are cut or zero-padded to `num_frames`, a multiple of 16.
+        epochs: how often every example occurs, each time with other random changes.
+        shuffle: give every epoch an order of its own.
+
+    Raises:
+        ValueError: a label that is not among `labels`, a clip with none or several where one is needed, or examples
+            without events for `frames`. When an item is made: a clip that cannot be decoded, is too short, or has
+            events behind its end; the message names it.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[str],
+        processor: BatAudioProcessor,
+        num_frames: int,
+        *,
+        multi_label: bool = False,
+        frames: bool = False,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        epochs: int = 1,
+        shuffle: bool = False,
+    ):
+        if num_frames < 1 or num_frames % PATCH_FRAMES:
+            raise ValueError(f"num_frames={num_frames} must be a positive multiple of {PATCH_FRAMES}.")
+        unknown = sorted({label for example in examples for label in example.labels} - set(labels))
+        if unknown:
+            raise ValueError(f"{len(unknown)} labels are not among the model's {len(labels)}: {_some(unknown)}.")
+        if frames:
+            wrong = [example.source for example in examples if example.labels and not example.events]
+            problem = "have labels but no events; read them with frames=True"
+        else:
+            wrong = [example.source for example in examples if len(example.labels) != 1 and not multi_label]
+            problem = "have not exactly one label; correct them, or train with multi_label"
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(examples)} clips {problem}: {_some(wrong)}.")
+        self.examples = examples
+        self.label2id = {label: number for number, label in enumerate(labels)}
+        self.processor = processor
+        self.num_frames = num_frames
+        self.multi_label = multi_label
+        self.frames = frames
+        self.augmentation = augmentation or Augmentation()
+        self.seed = seed
+        self.epochs = epochs
+        self.shuffle = shuffle
+        self._order = (-1, np.arange(len(examples)))  # an epoch and its order
+
+    def __len__(self) -> int:
+        return self.epochs * len(self.examples)
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        epoch, index = divmod(range(len(self))[place], len(self.examples))
+        if self.shuffle:
+            if self._order[0] != epoch:
+                self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.examples)))
+            index = int(self._order[1][index])
+        changes = self.augmentation
+        generator = np.random.default_rng([self.seed, epoch, index])
+        waveform, targets = self._clip(index, generator)
+        if changes.mixup and generator.random() < changes.mixup:
+            other, other_targets = self._clip(int(generator.integers(len(self.examples))), generator)
+            lam = generator.beta(changes.mixup_alpha, changes.mixup_alpha)
+            length = max(len(waveform), len(other))
+            waveform, other = (nn.functional.pad(w, (0, length - len(w))) for w in (waveform, other))
+            waveform = lam * waveform + (1 - lam) * other
+            both_ended = (targets < 0) & (other_targets < 0)
+            targets = lam * targets.clamp_min(0) + (1 - lam) * other_targets.clamp_min(0)
+            targets[both_ended] = IGNORED_STEP
+        elif not (self.frames or self.multi_label or changes.mixup):
+            targets = targets.argmax()
+        try:
+            features = fit_frames(self.processor.log_mel(waveform), self.num_frames)[0]
+        except ValueError as error:
+            raise ValueError(f"{self.examples[index].source}: {error}") from error
+        for axis, masks, width in (
+            (2, changes.freq_masks, changes.freq_width),
+            (1, changes.time_masks, changes.time_width),
+        ):
+            for _ in range(masks):
+                size = min(int(generator.integers(width + 1)), features.shape[axis])
+                features.narrow(axis, int(generator.integers(features.shape[axis] - size + 1)), size).zero_()
+        return {"input_features": features, "labels": targets}
+
+    def _clip(self, index: int, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rolled and scaled waveform (samples,) and its targets, (C,) or (S, C)."""
+        example, rate = self.examples[index], self.processor.sample_rate
+        waveform = example.load(self.processor)
+        samples = len(waveform)
+        shift = int(generator.integers(samples)) if self.augmentation.roll else 0
+        if self.augmentation.gain_db:
+            waveform = waveform * 10 ** (generator.uniform(-1, 1) * self.augmentation.gain_db / 20)
+        if self.frames:
+            events = [(onset, offset, self.label2id[label]) for onset, offset, label in example.events]
+            late = [event for event in example.events if event[0] >= samples / rate]
+            if late:
+                raise ValueError(
+                    f"{example.source}: {samples / rate:.3f} s long, but it has events behind its end: {_some(late)}."
+                )
+            step = PATCH_FRAMES * self.processor.hop_length / rate
+            steps = self.num_frames // PATCH_FRAMES
+            targets = frame_targets(events, len(self.label2id), steps, samples / rate, step, shift / rate)
+        else:
+            targets = torch.zeros(len(self.label2id))
+            targets[[self.label2id[label] for label in example.labels]] = 1
+        return waveform.roll(shift), targets

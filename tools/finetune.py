@@ -1,0 +1,316 @@
+"""Fine-tuning and probing on Transformers' Trainer: from labelled sounds to a model folder with a card.
+
+    finetune(FinetuneSettings(train="sounds", out="my-model", preset="probe"))
+
+Runs unchanged in one process and under `accelerate launch` or torchrun. The data's order and augmentation depend on the
+seed alone, so that a resumed run, or one on more processes, sees the same clips.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+
+from bat_audio.configuration_bat import BatConfig
+from bat_audio.load_model import HUB_REPOSITORY, load_pretrained_encoder
+from bat_audio.modeling_bat import (
+    IGNORED_LABEL,
+    BatForAudioClassification,
+    BatForAudioFrameClassification,
+    BatForClassification,
+    BatModel,
+)
+from bat_audio.processing_bat import BatFeatureExtractor
+from bat_audio.tools.card import write_card
+from bat_audio.tools.data import Augmentation, ClipDataset, label_names, read_examples, split_examples
+from bat_audio.tools.recipes import FinetuneSettings
+
+FINAL_LEARNING_RATE = 1e-6  # where the cosine ends, for the head
+LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too
+WITHOUT_DECAY = ("block_attention", "prototype_vectors")
+
+
+class BatTrainer(Trainer):
+    """Trainer that takes the training data in its own order, which is shuffled already."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def finetune(settings: FinetuneSettings) -> dict[str, float]:
+    """Train a model with a head and write it, with its card and plots, to the folder `settings.out`.
+
+    The model is the one that did best on the validation data, by macro mAP or, with one label per clip, by accuracy.
+    Checkpoints, from which the same call goes on after a crash, and logs lie in the folder `OUT.training`.
+
+    Returns:
+        The validation metrics of the model: `loss`, `f1` (macro) and `map` (macro) or `accuracy`.
+
+    Raises:
+        ValueError: settings or data that do not fit together; the message says how.
+        OSError: no data or no weights there, or a folder in the way.
+        ImportError: a library of the extra `train` is missing.
+    """
+    settings = settings.with_preset()
+    out = Path(settings.out)
+    work = out.with_name(f"{out.name}.training")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; name another folder, or remove it.")
+
+    train, validation = _read_data(settings)
+    labels = label_names(train)
+    multi_label = settings.multi_label
+    if multi_label is None:
+        multi_label = settings.frames or any(len(example.labels) != 1 for example in [*train, *validation])
+    args = _training_arguments(settings, len(train), work, "map" if multi_label or settings.frames else "accuracy")
+    transformers.set_seed(settings.seed)
+    model = build_model(settings, labels, multi_label)
+    num_frames = settings.num_frames or model.config.input_shape[0]
+    extractor = BatFeatureExtractor.from_model_config(model.config)
+    extractor.num_frames = num_frames
+    augmentation = Augmentation(
+        mixup=settings.mixup,
+        freq_masks=settings.freq_masks,
+        time_masks=settings.time_masks,
+        roll=settings.roll,
+        gain_db=settings.gain_db,
+    )
+    kinds = {"multi_label": multi_label, "frames": settings.frames, "seed": settings.seed}
+    clips = (labels, extractor.processor, num_frames)
+    epochs = math.ceil(args.max_steps * settings.batch_size / len(train))
+    with args.main_process_first(desc="claiming the training folder"):
+        _claim(work, settings, is_first=args.process_index == 0)
+
+    trainer = BatTrainer(
+        model=_add_lora(model, settings.lora) if settings.lora else model,
+        args=args,
+        train_dataset=ClipDataset(train, *clips, augmentation=augmentation, epochs=epochs, shuffle=True, **kinds),
+        eval_dataset=ClipDataset(validation, *clips, **kinds),
+        compute_metrics=_frame_metrics if settings.frames else classification_metrics,
+    )
+    groups = parameter_groups(trainer.model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
+    trainer.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    metrics = {name: metrics[name] for name in ("loss", "accuracy", "map", "f1") if name in metrics}
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.merge_and_unload() if settings.lora else model
+        _write_folder(out, model, extractor, settings, metrics, trainer.state.log_history, len(train))
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def build_model(settings: FinetuneSettings, labels: list[str], multi_label: bool) -> BatForClassification:
+    """The encoder of the settings with a new head for these labels, frozen where they say so."""
+    if settings.untrained:
+        config = BatConfig() if settings.config is None else BatConfig.from_json_file(settings.config)
+        encoder = BatModel(config)
+    else:
+        encoder = load_pretrained_encoder(checkpoint=settings.checkpoint)
+    config = copy.deepcopy(encoder.config)
+    fields = {
+        "head_type": settings.head,
+        "head_pooling": settings.head_pooling,
+        "num_prototypes": settings.num_prototypes,
+        "head_norm": True,
+        "head_dropout": None,
+        "multi_label_loss": settings.multi_label_loss,
+        "drop_path_rate": settings.drop_path,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
+    }
+    # A new config checks the values, and the attention goes with it.
+    config = BatConfig(**{**config.to_dict(), **fields}, attn_implementation=config._attn_implementation)
+    model_class = BatForAudioFrameClassification if settings.frames else BatForAudioClassification
+    model = model_class(config)
+    model.bat.load_state_dict(encoder.state_dict())
+    if settings.freeze_encoder:
+        model.freeze_base_model()
+    return model
+
+
+def parameter_groups(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict]:
+    """AdamW's groups of the trained parameters, by their depth and whether they decay.
+
+    The head learns with `learning_rate`, block i of L with `layer_decay ** (L - i)` of it, and the embeddings below
+    the blocks with the smallest share. Biases, norms, block weights and prototypes do not decay.
+    """
+    blocks = model.config.num_hidden_layers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = re.search(r"\bblocks\.(\d+)\.", name)
+        depth = int(block[1]) + 1 if block else blocks + 1 if re.search(r"\bhead\.", name) else 0
+        decays = parameter.ndim > 1 and not any(part in name for part in WITHOUT_DECAY)
+        group = groups.setdefault((depth, decays), {
+            "params": [],
+            "lr": learning_rate * layer_decay ** (blocks + 1 - depth),
+            "weight_decay": weight_decay if decays else 0.0,
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Metrics of logits (N, C): with labels (N,) `accuracy` and macro `f1`; with labels (N, C) macro `map` and `f1`.
+
+    mAP is the mean over the classes that occur; F1 takes classes as found at a probability of 0.5.
+    """
+    from sklearn.metrics import accuracy_score, average_precision_score, f1_score
+
+    logits, labels = prediction.predictions, prediction.label_ids
+    if labels.ndim == 1:
+        found = logits.argmax(axis=1)
+        f1 = f1_score(labels, found, average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(labels, found)), "f1": float(f1)}
+    occurring = labels.any(axis=0)
+    if not occurring.any():
+        raise ValueError("The validation data holds no label, so there is nothing to measure.")
+    labels, logits = labels[:, occurring], logits[:, occurring]
+    f1 = f1_score(labels, logits > 0, average="macro", zero_division=0)
+    return {"map": float(average_precision_score(labels, logits, average="macro")), "f1": float(f1)}
+
+
+def _frame_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The same over all steps of all clips that have labels."""
+    logits, labels = (array.reshape(-1, array.shape[-1]) for array in (prediction.predictions, prediction.label_ids))
+    has_label = (labels != IGNORED_LABEL).all(axis=1)
+    return classification_metrics(EvalPrediction(logits[has_label], labels[has_label]))
+
+
+def _read_data(settings: FinetuneSettings) -> tuple[list, list]:
+    examples = read_examples(settings.train, settings.frames, settings.train_split)
+    if settings.validation is not None:
+        return examples, read_examples(settings.validation, settings.frames, settings.validation_split)
+    if settings.validation_split is not None:
+        return examples, read_examples(settings.train, settings.frames, settings.validation_split)
+    return split_examples(examples, settings.validation_fraction, settings.seed)
+
+
+def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, metric: str) -> TrainingArguments:
+    steps = settings.steps
+    if settings.epochs is not None:
+        steps = max(1, round(settings.epochs * num_clips / settings.batch_size))
+    eval_every = settings.eval_every or max(1, steps // 20)
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": min(1.0, FINAL_LEARNING_RATE / settings.learning_rate)},
+        warmup_steps=round(settings.warmup * steps),
+        bf16=has_bf16 if settings.bf16 is None else settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=eval_every,
+        save_strategy="steps",
+        save_steps=eval_every,
+        save_total_limit=1,  # besides the best
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        logging_steps=max(1, eval_every // 5),
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=settings.num_workers,
+        dataloader_persistent_workers=settings.num_workers > 0,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        label_names=["labels"],
+        report_to=settings.report_to,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+    )
+    shares = args.world_size * max(1, args.n_gpu) * settings.gradient_accumulation
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must be a multiple of {shares}: {args.world_size} processes with "
+            f"{max(1, args.n_gpu)} devices each, times gradient_accumulation={settings.gradient_accumulation}."
+        )
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = settings.batch_size // shares
+    return args
+
+
+def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=["head"])
+    return get_peft_model(model, targets)
+
+
+def _claim(work: Path, settings: FinetuneSettings, is_first: bool):
+    """Note the settings in the training folder, or refuse a folder that other settings have begun."""
+    if not is_first:
+        return
+    facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
+    facts = json.loads(json.dumps(facts, default=str))
+    notes = work / "settings.json"
+    if notes.is_file():
+        begun = json.loads(notes.read_text())
+        others = [
+            f"{name}={begun.get(name)!r}, now {facts[name]!r}" for name in facts if begun.get(name) != facts[name]
+        ]
+        if others:
+            raise ValueError(
+                f"{work} holds a run with other settings ({'; '.join(others)}). Go on with the same settings, or "
+                "remove that folder to begin anew."
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    partial = notes.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=2))
+    os.replace(partial, notes)
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The checkpoint to go on from; one that was cut off while it was written lacks its last file."""
+    checkpoints = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (folder / "trainer_state.json").is_file()
+    }
+    return str(checkpoints[max(checkpoints)]) if checkpoints else None
+
+
+def _write_folder(
+    out: Path,
+    model: BatForClassification,
+    extractor: BatFeatureExtractor,
+    settings: FinetuneSettings,
+    metrics: dict[str, float],
+    log_history: list[dict],
+    num_clips: int,
+):
+    """The model folder, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        partial = Path(folder) / "model"
+        extractor.save_pretrained(partial)
+        model.save_pretrained(partial)
+        write_card(
+            partial,
+            model,
+            name=out.name,
+            base_model=None if settings.untrained else settings.checkpoint or HUB_REPOSITORY,
+            dataset=str(settings.train) if isinstance(settings.train, str | Path) else None,
+            metrics=metrics,
+            settings={name: value for name, value in vars(settings).items() if value is not None},
+            log_history=log_history,
+            num_clips=num_clips,
+        )
+        (partial / "eval_results.json").write_text(json.dumps(metrics, indent=2))
+        os.replace(partial, out)

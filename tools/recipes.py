@@ -1,0 +1,116 @@
+"""Settings of fine-tuning and probing, with the authors' own as presets (paper, section 4)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+# Probe: AudioSet-20k trains 20,000 steps; ESC-50 takes 4,000 and a weight decay of 0.2.
+PRESETS = {
+    "probe": {
+        "head": "cgp",
+        "freeze_encoder": True,
+        "steps": 4000,
+        "learning_rate": 1e-3,
+        "beta2": 0.999,
+        "layer_decay": 1.0,
+        "drop_path": 0.0,
+        "mixup": 0.0,
+        "freq_masks": 0,
+        "time_masks": 0,
+        "roll": False,
+    },
+    "finetune": {
+        "head": "linear",
+        "freeze_encoder": False,
+        "steps": 40000,
+        "learning_rate": 5e-5,
+        "beta2": 0.95,
+        "layer_decay": 0.75,
+        "drop_path": 0.1,
+        "mixup": 0.9,
+        "freq_masks": 2,
+        "time_masks": 2,
+        "roll": True,
+    },
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Everything that decides a run of `finetune`; None where the preset decides. The command line has these options.
+
+    Raises:
+        ValueError: options that exclude each other or are out of range.
+    """
+
+    train: Any = field(metadata={"help": "Training data: class folders, a .csv or .parquet file, or a dataset."})
+    out: str = field(metadata={"help": "Folder to write the trained model to; must not exist."})
+    validation: Any = _option(None, "Validation data; default: held out of the training data.")  # noqa: RUF009
+    validation_fraction: float = _option(0.1, "Share of the training clips to hold out where there is no --validation.")
+    train_split: str | None = _option(None, "Split of a DatasetDict to train on.")
+    validation_split: str | None = _option(None, "Split of a DatasetDict to validate on.")
+
+    checkpoint: str | None = _option(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
+    untrained: bool = _option(False, "Start from random weights.")
+    config: str | None = _option(None, "config.json of the encoder for --untrained; default: the published size.")
+
+    preset: str = _option("finetune", f"The authors' settings: {' or '.join(PRESETS)}.")
+    head: str | None = _option(None, "linear, linear_cgp, cgp or protobin.")
+    head_pooling: str = _option("cls", "What stands for a clip, cls or mean.")
+    num_prototypes: int = _option(10000, "Prototypes of cgp and protobin.")
+    frames: bool = _option(False, "Classify every 160 ms instead of the clip; the data needs onsets and offsets.")
+    multi_label: bool | None = _option(None, "Several labels per clip; default: as the data is.")
+    multi_label_loss: str = _option("asymmetric", "bce or asymmetric.")
+
+    freeze_encoder: bool | None = _option(None, "Probe: train the head alone on the encoder in eval mode.")
+    lora: int | None = _option(None, "Train low-rank adapters of this rank in the encoder, merged at the end.")
+    steps: int | None = _option(None, "Optimiser steps.")
+    epochs: float | None = _option(None, "Passes through the data, instead of --steps.")
+    warmup: float = _option(0.1, "Share of the steps with a rising learning rate; then it falls as a cosine.")
+    batch_size: int = _option(48, "Clips of one optimiser step, over all processes.")
+    gradient_accumulation: int = _option(1, "Parts in which a process handles its share of a batch.")
+    learning_rate: float | None = _option(None, "Peak learning rate of the head.")
+    layer_decay: float | None = _option(None, "Factor on the learning rate from each block to the one below.")
+    weight_decay: float = _option(0.05, "Not applied to biases, norms, block weights and prototypes.")
+    beta2: float | None = _option(None, "Second beta of AdamW.")
+    drop_path: float | None = _option(None, "Stochastic depth of the last block, 0..1.")
+
+    mixup: float | None = _option(None, "Probability of mixing a clip with another.")
+    freq_masks: int | None = _option(None, "Masks of up to 16 mel bands.")
+    time_masks: int | None = _option(None, "Masks of up to 64 frames of 10 ms.")
+    roll: bool | None = _option(None, "Rotate clips in time.")
+    gain_db: float = _option(0.0, "Random gain of up to so many dB, before mixing.")
+
+    num_frames: int | None = _option(None, "Frames of 10 ms that clips are cut or padded to, a multiple of 16.")
+    bf16: bool | None = _option(None, "bfloat16 autocast; default: on GPUs that have it.")
+    gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass, to save memory.")
+    num_workers: int = _option(4, "Processes that read and decode sound files, for each training process.")
+    eval_every: int | None = _option(None, "Steps between validations and checkpoints; default: a twentieth of all.")
+    seed: int = _option(0, "Of the new weights, the order of the clips and their augmentation.")
+    report_to: str = _option("tensorboard", "Where Trainer logs: tensorboard, wandb, ..., or none.")
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not known; expected {' or '.join(PRESETS)}.")
+        if self.untrained and self.checkpoint:
+            raise ValueError("untrained starts from random weights, so it takes no checkpoint.")
+        if self.config and not self.untrained:
+            raise ValueError("config belongs to untrained; a checkpoint has its own.")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"Got steps={self.steps} and epochs={self.epochs}; give one of them.")
+        freezes = PRESETS[self.preset]["freeze_encoder"] if self.freeze_encoder is None else self.freeze_encoder
+        if self.lora is not None and (self.lora < 1 or freezes):
+            raise ValueError(f"lora={self.lora} needs a rank of at least 1 and an encoder that is not frozen.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup={self.warmup} is a share of the steps, from 0 to 1.")
+        for name in ("batch_size", "gradient_accumulation", "steps", "epochs", "eval_every", "num_frames"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+
+    def with_preset(self) -> "FinetuneSettings":
+        """The settings with the preset's value wherever there was None."""
+        preset = PRESETS[self.preset].items()
+        return replace(self, **{name: value for name, value in preset if getattr(self, name) is None})
