@@ -500,11 +500,11 @@ def clip_by_hand(dataset, index: int, generator):
 
 @pytest.mark.parametrize("kind", ["single", "multi", "frames"])
 def test_items_are_what_the_same_draws_make_by_hand(folder, kind):
-    dataset = dataset_of(folder, kind, epochs=3)
+    dataset = dataset_of(folder, kind, seed=20, epochs=3)
     mixed = one_ended = both_ended = 0
     for place in range(18):
         epoch, index = divmod(place, 6)
-        generator = np.random.default_rng([7, epoch, index])
+        generator = np.random.default_rng([20, epoch, index])
         waveform, targets = clip_by_hand(dataset, index, generator)
         if generator.random() < FULL.mixup:
             mixed += 1

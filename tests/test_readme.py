@@ -1,31 +1,48 @@
 """Every snippet and command of the README runs and prints what it says."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 from conftest import ROOT, run, run_python
 from hub_server import HubServer
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TASKS = README[README.index("## From encoder to finished task") : README.index("## Shapes")]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.replace(TASKS, ""), re.DOTALL)
 SIZES = re.compile(r"torch\.Size\(\[[\d, ]+\]\)")
+# What each line prints, if a comment says so.
+PRINTS = re.compile(r"^print\(.*\)  # (\d+|\[.*\]|torch\.Size\(.*\))$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, plain_folder):
-    """The repository's files with the weights and the examples, and a Hub that has the weights."""
+def clone(tmp_path_factory, plain_folder, full_weights):
+    """The repository's files with the weights and the examples, a Hub that has the weights, and data to train on."""
     folder = tmp_path_factory.mktemp("clone") / "bat"
     shutil.copytree(plain_folder, folder)
     shutil.copytree(ROOT / "examples", folder / "examples")
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / "sounds" / label).mkdir(parents=True)
+        for number in range(6):
+            soundfile.write(folder / "sounds" / label / f"{number}.wav", 0.1 * rng.standard_normal(16000), 16000)
+    events = [f"sounds/{label}/{i}.wav,{label},0.1,0.6" for label in ("cat", "dog") for i in range(6)]
+    (folder / "events.csv").write_text("\n".join(["path,labels,onset,offset", *events]))
+    torch.save({f"student.encoder.{name}": t for name, t in load_file(full_weights).items()}, folder / "BAT_base.pt")
     files = {name: (plain_folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
     with HubServer(files) as hub:
-        environment = {**hub.env(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": None}
+        hub.user = "me"
+        environment = {**hub.env(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": None, "HF_TOKEN": hub.token}
         yield folder, environment
 
 
@@ -41,6 +58,38 @@ def test_snippet_prints_what_it_says(number, clone, installed_folder):
     printed = run_python(code, cwd=folder, PYTHONPATH=installed_folder, **environment).stdout
     assert expected
     assert SIZES.findall(printed) == expected
+
+
+def test_tasks_one_after_the_other(clone, installed_folder):
+    """Every command and snippet of the section, with two steps of training instead of hundreds."""
+    folder, environment = clone
+    environment = {**environment, "PYTHONPATH": str(installed_folder)}
+    program, module = [sys.executable, "-m", "bat_audio.tools.cli"], [sys.executable, "-m"]
+    for language, code in re.findall(r"```(bash|python)\n(.*?)```", TASKS, re.DOTALL):
+        if language == "python":
+            code = code.replace("steps=200", 'steps=2, batch_size=4, num_frames=112, report_to="none"')
+            printed = run_python(code, cwd=folder, **environment).stdout.splitlines()
+            expected = PRINTS.findall(code)
+            assert expected
+            assert [line for line in printed if line in expected] == expected, printed
+            continue
+        command = code.split()
+        if "finetune" in command:
+            short = {"--steps": "2", "--batch-size": "4", "--num-frames": "112"}
+            command = [word for i, word in enumerate(command) if not {word, command[i - 1]} & short.keys()]
+            command += [word for option in short.items() for word in option]
+        is_launched = command[:2] == ["accelerate", "launch"]
+        launch = [*module, "accelerate.commands.launch", "--num_processes", "1"]
+        run([*launch, *command[2:]] if is_launched else [*program, *command[1:]], cwd=folder, **environment)
+    for trained in ("my-probe", "my-model", "my-model-2", "my-linear", "my-events"):
+        assert json.loads((folder / trained / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
+    converted = load_file(folder / "bat-base" / "model.safetensors")
+    original = load_file(folder / "model.safetensors")
+    assert converted.keys() == original.keys()
+    assert all(torch.equal(converted[name], original[name]) for name in original)
+    check = "import sys; from huggingface_hub import hf_hub_download; print(hf_hub_download(*sys.argv[1:]))"
+    published = run_python(check, "me/my-model", "model.safetensors", **environment).stdout.strip()
+    assert Path(published).read_bytes() == (folder / "my-model" / "model.safetensors").read_bytes()
 
 
 def test_load_model_transcript(clone):

@@ -251,9 +251,8 @@ def _complete_head_config(
         field = "id2label" if field == "num_labels" else field  # two classes with names are no default
         return getattr(config, field) != getattr(default, field)
 
-    _refuse(
-        config, {field: told[field] for field in told if is_given(field) and getattr(config, field) != told[field][0]}
-    )
+    given = {field: entry for field, entry in told.items() if is_given(field)}
+    _refuse(config, {field: entry for field, entry in given.items() if getattr(config, field) != entry[0]})
     for field, (value, _) in told.items():
         setattr(config, field, value)
     if labels is not None:

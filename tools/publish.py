@@ -18,14 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    constants,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError
@@ -100,6 +93,7 @@ def publish(
             committed then, though a new repository or branch may have been created.
         ValueError: the folder holds no whole BAT model, the assembled repository does not load or computes something
             else, or `private` is asked of a public repository.
+        ImportError: a card with plots is to be made here, and matplotlib is missing.
     """
     folder = Path(folder)
     _check_repo_id(repo_id)
