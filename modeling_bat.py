@@ -717,12 +717,12 @@ class BatForClassification(BatPreTrainedModel):
             output, logits = self.bat._gradient_checkpointing_func(self.bat.encode, *inputs)
         else:
             output, logits = self.bat.encode(*inputs)
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None if labels is None else self.compute_loss(logits, labels)
         output = self.output_class(loss, logits, output.hidden_states, output.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of logits (..., classes) by `config.problem_type`; set from the labels' type if it is None."""
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss of logits (B, classes) or (B, t, classes), in float32; labels and errors as in `forward`."""
         if self.config.problem_type is None:
             multi_label = labels.is_floating_point() or labels.ndim == logits.ndim
             self.config.problem_type = f"{'multi' if multi_label else 'single'}_label_classification"

@@ -120,8 +120,10 @@ def test_every_format_round_trips(tmp_path, layout, prefix, head):
         torch.save(contents, source, _use_new_zipfile_serialization=False)
     else:
         write(source, contents)
-    out = convert(source, tmp_path / "out", config=tiny_config(), ema=layout == "ema_encoder.pt")
+    config, before = tiny_config(), tiny_config().to_dict()
+    out = convert(source, tmp_path / "out", config=config, ema=layout == "ema_encoder.pt")
     assert out == tmp_path / "out"
+    assert config.to_dict() == before
     assert_same_model(out, model)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["out", layout])
 
@@ -260,17 +262,15 @@ def test_given_config_adds_what_shapes_cannot_tell(tmp_path, form):
         "recording_site": "pond",
     }
     model = tiny_probe(**changes)
-    given = config = tiny_config(**changes)
+    given = tiny_config(**changes)
     if form == "file":
-        config.save_pretrained(tmp_path / "given")
+        given.save_pretrained(tmp_path / "given")
         given = str(tmp_path / "given" / "config.json")
-    before = config.to_dict()
     out = convert(write(tmp_path / "a.pt", authors_weights(model)), tmp_path / "out", config=given)
     assert_same_model(out, model)
     found = BatConfig.from_pretrained(out)
     assert {field: getattr(found, field) for field in changes} == changes
     assert AutoFeatureExtractor.from_pretrained(out).top_db == 60
-    assert config.to_dict() == before
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_several_labels_and_none(files, tmp_path):
     text = ["dog;bird", "", " cat ; dog "]
     lists = [["dog", "bird"], [], ["cat", "dog"]]
     numbers = datasets.Dataset.from_dict({"audio": files[:3], "labels": [[2, 0], None, [1, 2]]})
-    feature = datasets.Sequence(datasets.ClassLabel(names=LABELS))
+    feature = [datasets.ClassLabel(names=LABELS)]
     expected = [("dog", "bird"), (), ("cat", "dog")]
     for source in (
         write_csv(tmp_path / "m.csv", ["path", "labels"], list(zip(files, text, strict=False))),
@@ -171,7 +172,10 @@ def test_several_labels_and_none(files, tmp_path):
 
 def test_numbers_as_labels_stay_as_written(files, tmp_path):
     source = write_csv(tmp_path / "m.csv", ["path", "label"], [(files[0], "007"), (files[1], "NA"), (files[2], "nan")])
-    assert [example.labels for example in read_examples(source)] == [("007",), ("NA",), ("nan",)]
+    expected = [("007",), ("NA",), ("nan",)]
+    assert [example.labels for example in read_examples(source)] == expected
+    Path(source).write_bytes(b"\xef\xbb\xbf" + Path(source).read_bytes())  # the byte order mark of Excel
+    assert [example.labels for example in read_examples(source)] == expected
     source = write_parquet(tmp_path / "m.parquet", ["path", "label"], [(files[0], 7), (files[1], 0)])
     assert [example.labels for example in read_examples(source)] == [("7",), ("0",)]
 
@@ -191,7 +195,7 @@ def test_all_sources_give_the_same_frame_items(files, tmp_path):
         "offset": datasets.Value("float32"),
         "label": datasets.ClassLabel(names=LABELS),
     }
-    numbered = datasets.Dataset.from_dict({**clips, "events": dicts}).cast_column("events", datasets.List(number))
+    numbered = datasets.Dataset.from_dict({**clips, "events": dicts}).cast_column("events", [number])
     lists = [{key: [event[key] for event in events] for key in number} for events in dicts]
     in_lists = (
         datasets.Dataset.from_dict({"events": lists}, features=datasets.Features(events=datasets.Sequence(number)))
@@ -394,6 +398,13 @@ def test_split_is_stratified(sizes, fraction, seed):
     for c, size in enumerate(sizes):
         assert abs(sum(e.labels == (str(c),) for e in validation) - fraction * size) <= 1.5 + 1e-9
     assert abs(len(validation) - fraction * sum(sizes)) <= 1
+
+
+def test_split_keeps_to_the_share_of_rare_labels():
+    examples = [Example(f"{i}.wav", ("common", "rare") if i % 10 == 0 else ("common",)) for i in range(200)]
+    for seed in range(5):
+        held = [label for example in split_examples(examples, 0.2, seed)[1] for label in example.labels]
+        assert (held.count("rare"), held.count("common")) == (4, 40)
 
 
 def test_split_depends_on_the_seed_and_finds_files_under_other_names(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -54,16 +55,16 @@ def _options_of(settings_class: type) -> list[inspect.Parameter]:
 def finetune(**options):
     """Fine-tune BAT, or probe it frozen, on labelled sounds; writes a model folder with a card.
 
+    \b
     bat-audio finetune sounds/ -o my-model --preset probe
-
-    bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20 --learning-rate 1e-4
-
-    accelerate launch --num_processes 4 -m bat_audio.tools.cli finetune sounds/ -o my-model
+    bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20
+    accelerate launch -m bat_audio.tools.cli finetune sounds/ -o my-model
     """
     from bat_audio.tools.finetune import finetune
 
     metrics = finetune(FinetuneSettings(**options))
-    typer.echo(json.dumps({"model": options["out"], **metrics}))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        typer.echo(json.dumps({"model": options["out"], **metrics}))
 
 
 finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings))

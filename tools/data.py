@@ -214,7 +214,10 @@ def _dataset_rows(
     _check_columns(columns, name, ["audio", target])
     names = dataset.features[target]  # of the classes, where they are numbers
     while not (names is None or isinstance(names, datasets.ClassLabel)):
-        names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
+        if isinstance(names, list):  # as datasets 3 writes lists of dicts
+            names = names[0]
+        else:
+            names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
     try:
         audio = dataset.select_columns("audio").cast_column("audio", datasets.Audio(decode=False)).with_format(None)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:

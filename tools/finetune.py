@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HUB_REPOSITORY, load_pretrained_encoder
@@ -40,10 +40,17 @@ WITHOUT_DECAY = ("block_attention", "prototype_vectors")
 
 
 class BatTrainer(Trainer):
-    """Trainer that takes the training data in its own order, which is shuffled already."""
+    """Trainer for data in its own order, which is shuffled already, and with the exact validation loss."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        # Trainer's mean is one of batches, whose last ones may be shorter or filled up with clips of another process.
+        output = super().evaluation_loop(*args, **kwargs)
+        logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+        output.metrics["eval_loss"] = self.accelerator.unwrap_model(self.model).compute_loss(logits, labels).item()
+        return output
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, float]:
