@@ -484,15 +484,17 @@ class BatModel(BatPreTrainedModel):
         ]
         last, hidden_states, attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)
         last_hidden_state = self._merge_chunks(last, batch)
+        if output_hidden_states:
+            all_hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
+        if output_attentions:
+            all_attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
         output = BatModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state[:, 0],
             patch_tokens=self._patch_picture(last_hidden_state),
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
         )
-        if output_hidden_states:
-            output.hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
-        if output_attentions:
-            output.attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
         if head is None:
             return output, None
         cls_tokens = torch.cat([torch.stack(layers).unflatten(1, (batch, -1)) for layers in cls_tokens], dim=2)

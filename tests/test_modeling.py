@@ -101,6 +101,10 @@ def test_output_fields():
     as_tuple = model(features, return_dict=False)
     assert len(as_tuple) == 3
     assert torch.equal(as_tuple[1], plain.pooler_output)
+    everything = model(features, output_hidden_states=True, output_attentions=True, return_dict=False)
+    assert len(everything) == len(output.keys()) == 5
+    assert torch.equal(everything[3][1], output["hidden_states"][1])
+    assert torch.equal(everything[4][1], output["attentions"][1])
 
 
 def test_extract_features_are_the_blocks_outputs():
