@@ -208,6 +208,15 @@ def test_run_writes_a_model_that_loads_with_its_classes_and_metrics(options, sou
         assert model.config.id2label[model(**inputs).logits.argmax().item()] == label
 
 
+def test_epochs_are_counted_in_clips(options, tmp_path):
+    """4 epochs of 18 clips in batches of 8 are 9 steps; the preset has steps too."""
+    options["eval_every"] = 9
+    _, expected = trained(options, steps=9)
+    options = {**options, "out": str(tmp_path / "epochs"), "epochs": 4.0}
+    _, weights = trained({name: value for name, value in options.items() if name != "steps"})
+    assert_same_weights(expected, weights)
+
+
 def test_best_checkpoint_is_the_one_written(options):
     metrics, weights = trained(options, steps=24)
     state = sorted(Path(f"{options['out']}.training").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1]

@@ -112,5 +112,7 @@ class FinetuneSettings:
 
     def with_preset(self) -> "FinetuneSettings":
         """The settings with the preset's value wherever there was None."""
-        preset = PRESETS[self.preset].items()
-        return replace(self, **{name: value for name, value in preset if getattr(self, name) is None})
+        preset = {name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
+        if self.epochs is not None:
+            del preset["steps"]
+        return replace(self, **preset)
