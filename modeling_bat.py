@@ -274,7 +274,8 @@ class BatPreTrainedModel(PreTrainedModel):
         """As in Transformers, but a checkpoint that does not hold exactly the encoder's weights is an error.
 
         A model with a head loads from an encoder checkpoint (the head is new, and reported), and the encoder loads from
-        the checkpoint of a model whose head is named `head`. A head that the checkpoint holds only in part is an error.
+        the checkpoint of a model whose head is named `head`. A head that the checkpoint holds only in part is an error,
+        and so is one for clips where one for frames is wanted, or the other way round.
 
         Args:
             strict: False loads what fits, leaves the rest at its initial values, and only warns.
@@ -282,7 +283,7 @@ class BatPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes: leave weights of another shape at their initial values.
 
         Raises:
-            ValueError: weights are missing, unexpected or misshapen; the message lists them.
+            ValueError: weights are missing, unexpected, misshapen or of another kind of head; the message lists them.
         """
         # Mismatched sizes are let through here so that one error can list every kind of problem.
         model, info = super().from_pretrained(
@@ -312,7 +313,14 @@ class BatPreTrainedModel(PreTrainedModel):
         problems = {
             **problems,
             "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
+            "unfit": [],
         }
+        if is_head_model and not is_new_head:  # the names of clip-wise and frame-wise heads are the same
+            others = {head.__name__ for head in BatForClassification.__subclasses__()} - {
+                c.__name__ for c in cls.__mro__
+            }
+            trained_in = others.intersection(model.config.architectures or ())
+            problems["unfit"] = [f"head (trained in a {name})" for name in trained_in]
         if strict and any(problems.values()):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
             source = pretrained_model_name_or_path or "given as state_dict"

@@ -35,7 +35,7 @@ VARIANTS = {
 CLIPS_PER_UTTERANCE = 3  # in training; speaking takes ten times as long as placing a word in noise
 
 
-def make_speech_commands(folder: str | Path, train_utterances: int = 100, test_utterances: int = 40, seed: int = 0):
+def make_speech_commands(folder: str | Path, train_utterances: int = 150, test_utterances: int = 40, seed: int = 0):
     """Fill a new folder with folder/train/WORD/*.wav and folder/test/WORD/*.wav: 1 s clips, 16 kHz, mono, 16 bit.
 
     Every utterance has its own speaker, speed and pitch, and every clip its own level, noise and place of the word. The

@@ -400,6 +400,23 @@ def test_head_in_part_is_an_error(tmp_path):
         BatForAudioClassification.from_pretrained(tmp_path / "mixing", head_type="linear")
 
 
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (BatForAudioClassification, BatForAudioFrameClassification),
+        (BatForAudioFrameClassification, BatForAudioClassification),
+    ],
+)
+def test_head_of_the_other_kind_is_an_error(tmp_path, saved, other):
+    """Their weights have the same names and shapes, so the outputs would be nonsense without a word."""
+    model = head_model(saved)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"1 unfit: head \(trained in a {saved.__name__}\)"):
+        other.from_pretrained(tmp_path)
+    loaded = other.from_pretrained(tmp_path, strict=False)
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
+
+
 def test_misnamed_encoder_weights_are_still_an_error(tmp_path):
     model = head_model()
     state = {name.replace("bat.blocks.1", "bat.layers.1"): tensor for name, tensor in model.state_dict().items()}

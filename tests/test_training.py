@@ -26,7 +26,6 @@ ENCODER = {
     "input_shape": [112, 128],
     "chunk_time_patches": 7,
 }
-# Measured over three seeds: 92 to 95 % with the trained encoder, and as much with every head on it when frozen.
 GOOD_ACCURACY = 0.9
 
 
@@ -76,7 +75,7 @@ def options(speech) -> dict:
 @pytest.fixture(scope="module")
 def trained(options, untrained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "words"
-    changes = {"epochs": 18, "learning_rate": 2e-3, "head_pooling": "mean", "mixup": 0.5}
+    changes = {"epochs": 12, "learning_rate": 2e-3, "head_pooling": "mean", "mixup": 0.5}
     finetune(FinetuneSettings(out=str(out), checkpoint=str(untrained), **options, **changes))
     return out
 
@@ -94,7 +93,7 @@ def test_ten_words_from_scratch(trained, speech):
 @pytest.mark.parametrize("head", ["linear", "linear_cgp", "cgp", "protobin"])
 def test_every_head_probes_the_frozen_encoder(trained, options, tmp_path, head):
     out = tmp_path / head
-    changes = {"preset": "probe", "head": head, "epochs": 3, "num_prototypes": 256, "head_pooling": "mean"}
+    changes = {"preset": "probe", "head": head, "epochs": 2, "num_prototypes": 256, "head_pooling": "mean"}
     metrics = finetune(FinetuneSettings(out=str(out), checkpoint=str(trained), **options, **changes))
     print(f"probe with head {head}: {metrics}")
     assert metrics["accuracy"] > GOOD_ACCURACY
