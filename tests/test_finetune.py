@@ -324,6 +324,7 @@ def cli(options: dict) -> list[str]:
     return [sys.executable, "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
     # Dropout and drop path take part, whose random numbers must go on where they were.
     options = {**options, "head": "cgp", "num_prototypes": 7, "drop_path": 0.3, "steps": 120, "eval_every": 20}
@@ -358,6 +359,7 @@ def test_begun_folder_refuses_other_settings(options, tmp_path):
         trained(options, batch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["finetune", "probe"])
 def test_two_processes_equal_one(options, tmp_path, preset):
     """With uneven shares of the validation clips, of which there are 6; without dropout, which each process draws."""
@@ -371,6 +373,7 @@ def test_two_processes_equal_one(options, tmp_path, preset):
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(options):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "bat_audio.tools.cli"]
     run([sys.executable, *launch, "finetune", *command_line({**options, "steps": 2, "eval_every": 2})])
@@ -387,6 +390,7 @@ def test_errors_are_one_line(options, tmp_path):
     assert "Traceback" in run([*cli({**options, "train": "nothing"}), "--debug"], check=False).stderr
 
 
+@pytest.mark.slow
 def test_folder_loads_without_the_package(options):
     trained(options, steps=2, eval_every=2)
     code = """
