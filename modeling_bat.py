@@ -8,7 +8,8 @@ Shapes: B clips, T frames, M mel bands, D width, H heads, L blocks, C chunks; t 
 patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first; K prototypes.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -372,6 +373,10 @@ class BatModel(BatPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.patch_embed.proj = value
 
+    @property
+    def is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def _check_features(self, input_features: torch.Tensor) -> torch.Tensor:
         """The features as (B, 1, T, M) in the model's dtype, or a ValueError that says what arrived."""
         time_patch, mels = self.config.patch_size[0], self.config.input_shape[1]
@@ -425,12 +430,17 @@ class BatModel(BatPreTrainedModel):
         return passes
 
     def _encode_pass(
-        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, head: "BatHead | None"
+        self,
+        chunks: torch.Tensor,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        mix_patches: Callable[[torch.Tensor | None, int, torch.Tensor], torch.Tensor | None] | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         """Encode one pass (B*C, 1, T, M) and give what is asked for.
 
-        The last tokens; every layer's tokens; every block's attention weights; for a head, every block's CLS tokens and
-        the head's mix of the patch tokens, so that no more than one block's tokens live at a time.
+        The last tokens; every layer's tokens; every block's attention weights; and, to mix the patch tokens block by
+        block as `BatHead.mix_patches` does, every block's CLS tokens and the mix. No more than one block's tokens live
+        at a time, unless they are asked for or in the graph of a training step.
         """
         hidden_states = self.embed(chunks)  # (B*C, S, D)
         all_hidden_states = [hidden_states] if output_hidden_states else []
@@ -444,9 +454,9 @@ class BatModel(BatPreTrainedModel):
                 all_hidden_states.append(hidden_states)
             if output_attentions:
                 all_attentions.append(weights)
-            if head is not None:
+            if mix_patches is not None:
                 cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
-                patch_mix = head.mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
+                patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
         return hidden_states, all_hidden_states, all_attentions, cls_tokens, patch_mix
 
     def _merge_chunks(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
@@ -486,10 +496,17 @@ class BatModel(BatPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         batch = features.shape[0]
-        passes = [
-            self._encode_pass(chunks, output_hidden_states, output_attentions, head)
-            for chunks in self._split_chunks(features)
-        ]
+        mixes_again = head is not None and self.gradient_checkpointing and torch.is_grad_enabled() and self.is_frozen
+        passes = []
+        for chunks in self._split_chunks(features):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
+                outputs = self._encode_pass(
+                    chunks, output_hidden_states, output_attentions, None if head is None else head.mix_patches
+                )
+            if mixes_again and head.mixes_blocks and outputs[-1] is not None:
+                encode_again = functools.partial(self._encode_pass, chunks, False, False)
+                outputs = *outputs[:-1], MixingAgain.apply(outputs[-1], head.block_attention, head, encode_again)
+            passes.append(outputs)
         last, hidden_states, attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)
         last_hidden_state = self._merge_chunks(last, batch)
         if output_hidden_states:
@@ -547,6 +564,34 @@ class BatModel(BatPreTrainedModel):
             "cls_tokens": torch.stack([hidden_states[:, 0] for hidden_states in blocks]),
             "patch_tokens": torch.stack([self._patch_picture(hidden_states) for hidden_states in blocks]),
         }
+
+
+class MixingAgain(torch.autograd.Function):
+    """Gradient of the blocks' weights in a mix of a frozen encoder's tokens, which was made without a graph.
+
+    That gradient needs every block's tokens. The backward pass encodes again for it, to have one block's at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, mix: torch.Tensor, block_attention: torch.Tensor, head: "BatHead", encode: Callable):
+        kind = mix.device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.head, ctx.encode = head, encode
+        return mix.clone()
+
+    @staticmethod
+    def backward(ctx, mix_gradient: torch.Tensor):
+        weights = ctx.head.block_attention
+
+        def add_gradient(sum_before: torch.Tensor | None, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                part = ctx.head.mix_patches(None, layer, tokens)
+            (gradient,) = torch.autograd.grad(part, weights, mix_gradient)
+            return gradient if sum_before is None else sum_before + gradient
+
+        with ctx.autocast:
+            *_, gradient = ctx.encode(add_gradient)
+        return None, gradient, None, None
 
 
 class BatHead(nn.Module):
@@ -691,13 +736,9 @@ class BatForClassification(BatPreTrainedModel):
         self.bat.requires_grad_(False)
         self.train(self.training)
 
-    @property
-    def is_base_model_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.bat.parameters())
-
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.is_base_model_frozen:
+        if self.bat.is_frozen:
             self.bat.eval()
         return self
 
@@ -721,12 +762,9 @@ class BatForClassification(BatPreTrainedModel):
         Raises:
             ValueError: labels or features of the wrong shape or type.
         """
-        inputs = (input_features, input_values, output_attentions, output_hidden_states, self.head)
-        if self.training and self.bat.gradient_checkpointing and self.is_base_model_frozen:
-            # The weights of the blocks need every block's tokens in the backward pass; encode again, to keep none.
-            output, logits = self.bat._gradient_checkpointing_func(self.bat.encode, *inputs)
-        else:
-            output, logits = self.bat.encode(*inputs)
+        output, logits = self.bat.encode(
+            input_features, input_values, output_attentions, output_hidden_states, self.head
+        )
         loss = None if labels is None else self.compute_loss(logits, labels)
         output = self.output_class(loss, logits, output.hidden_states, output.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
