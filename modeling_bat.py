@@ -9,6 +9,7 @@ patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first;
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,17 +315,19 @@ class BatPreTrainedModel(PreTrainedModel):
         problems = {
             **problems,
             "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
-            "unfit": [],
         }
-        if is_head_model and not is_new_head:  # the names of clip-wise and frame-wise heads are the same
-            others = {head.__name__ for head in BatForClassification.__subclasses__()} - {
-                c.__name__ for c in cls.__mro__
-            }
-            trained_in = others.intersection(model.config.architectures or ())
-            problems["unfit"] = [f"head (trained in a {name})" for name in trained_in]
+        source = pretrained_model_name_or_path or "given as state_dict"
+        others = {head.__name__ for head in BatForClassification.__subclasses__()} - {c.__name__ for c in cls.__mro__}
+        trained_in = others.intersection(model.config.architectures or ())
+        if strict and is_head_model and not is_new_head and trained_in:  # the names of their weights are the same
+            name = trained_in.pop()
+            raise ValueError(
+                f"The head of the checkpoint {source} was trained in a {name}, not in a {cls.__name__}; load it with "
+                f"{name.replace('Bat', 'AutoModel', 1)}."
+                + (" Its decode_events gives the events of a clip." if "Frame" in name else "")
+            )
         if strict and any(problems.values()):
             listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
-            source = pretrained_model_name_or_path or "given as state_dict"
             raise ValueError(
                 f"The checkpoint {source} does not hold the weights of this {cls.__name__}:{listing}\n"
                 "Is it a BAT checkpoint, and does its config.json belong to it? "
@@ -496,7 +499,8 @@ class BatModel(BatPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         batch = features.shape[0]
-        mixes_again = head is not None and self.gradient_checkpointing and torch.is_grad_enabled() and self.is_frozen
+        is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+        mixes_again = head is not None and is_checkpointed and self.is_frozen and not features.requires_grad
         passes = []
         for chunks in self._split_chunks(features):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
@@ -770,7 +774,10 @@ class BatForClassification(BatPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of logits (B, classes) or (B, t, classes), in float32; labels and errors as in `forward`."""
+        """Mean loss over the clips of logits (B, classes) or (B, t, classes), in float32; a clip's is its steps' mean.
+
+        Labels and errors as in `forward`.
+        """
         if self.config.problem_type is None:
             multi_label = labels.is_floating_point() or labels.ndim == logits.ndim
             self.config.problem_type = f"{'multi' if multi_label else 'single'}_label_classification"
@@ -787,14 +794,19 @@ class BatForClassification(BatPreTrainedModel):
                 loss = asymmetric_loss(logits, labels).mean(dim=-1)
             else:
                 loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
-            return (loss * is_kept).sum() / is_kept.sum()
-        if is_single_label and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
-            return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL)
-        raise ValueError(
-            f"{type(self).__name__} got labels of shape {tuple(labels.shape)} and {labels.dtype}; expected "
-            f"{tuple(logits.shape)} with a value per class"
-            + (f", or class indices {tuple(logits.shape[:-1])}." if is_single_label else ".")
-        )
+        elif is_single_label and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
+            is_kept = labels != IGNORED_LABEL
+            loss = nn.functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+        else:
+            raise ValueError(
+                f"{type(self).__name__} got labels of shape {tuple(labels.shape)} and {labels.dtype}; expected "
+                f"{tuple(logits.shape)} with a value per class"
+                + (f", or class indices {tuple(logits.shape[:-1])}." if is_single_label else ".")
+            )
+        # Over the steps of each clip, then over the clips, so that equal parts of a batch have equal weight.
+        loss, is_kept = loss.reshape(len(loss), -1), is_kept.reshape(len(loss), -1)
+        loss = (loss * is_kept).sum(dim=1) / is_kept.sum(dim=1).clamp_min(1)  # (B,)
+        return loss.sum() / is_kept.any(dim=1).sum()
 
 
 class BatForAudioClassification(BatForClassification):
@@ -811,7 +823,11 @@ class BatForAudioFrameClassification(BatForClassification):
     output_class = TokenClassifierOutput
 
     def decode_events(
-        self, logits: torch.Tensor, threshold: float | Sequence[float] = 0.5, median_frames: int = 1
+        self,
+        logits: torch.Tensor,
+        threshold: float | Sequence[float] = 0.5,
+        median_frames: int = 1,
+        durations: Sequence[float] | None = None,
     ) -> list[list[dict[str, float | str]]]:
         """Events of each clip, in order of onset: `onset` and `offset` in s, `label`, and `score` in 0..1.
 
@@ -822,33 +838,50 @@ class BatForAudioFrameClassification(BatForClassification):
             logits: (B, t, classes), as `forward` gives them.
             threshold: in 0..1, one for all classes or one for each.
             median_frames: width of the median filter over time, in steps of 160 ms; odd, 1 for no filter.
+            durations: of each clip, in s. Events end there at the latest; without it also the padding counts, on which
+                the model was not trained.
 
         Raises:
-            ValueError: logits of another shape, or an even `median_frames`.
+            ValueError: logits of another shape, an even `median_frames`, or thresholds or durations of another number.
         """
         if logits.ndim != 3 or logits.shape[2] != self.config.num_labels:
             raise ValueError(
                 f"Got logits of shape {tuple(logits.shape)}; expected (batch, time, {self.config.num_labels})."
             )
-        if median_frames < 1 or median_frames % 2 == 0:
+        if not isinstance(median_frames, int) or median_frames < 1 or median_frames % 2 == 0:
             raise ValueError(f"median_frames={median_frames} must be an odd number of steps of 160 ms.")
-        logits = logits.detach().float().cpu()
-        is_single_label = self.config.problem_type == "single_label_classification"
-        probabilities = logits.softmax(dim=-1) if is_single_label else logits.sigmoid()
-        margin = median_frames // 2
-        padded = nn.functional.pad(probabilities.transpose(1, 2), (margin, margin), mode="replicate")
-        filtered = padded.unfold(2, median_frames, 1).median(dim=3).values  # (B, classes, t)
-        is_active = filtered >= torch.as_tensor(threshold).reshape(-1, 1)
-        edges = nn.functional.pad(is_active.int(), (1, 1)).diff(dim=2)  # (B, classes, t + 1), +1 and -1
+        thresholds = torch.as_tensor(threshold, dtype=torch.float32).reshape(-1, 1)
+        if len(thresholds) not in (1, logits.shape[2]) or not ((thresholds >= 0) & (thresholds <= 1)).all():
+            raise ValueError(f"threshold={threshold} must be one number in 0..1, or one for each of the classes.")
         step = self.config.patch_size[0] * self.config.hop_length / self.config.sample_rate  # s
+        if durations is None:
+            durations = [logits.shape[1] * step] * len(logits)
+        if len(durations) != len(logits) or min(durations, default=1) <= 0:
+            raise ValueError(f"durations={durations} must be {len(logits)} times in s above 0, one for each clip.")
+        logits = logits.detach().float().cpu().transpose(1, 2)  # (B, classes, t)
+        is_single_label = self.config.problem_type == "single_label_classification"
+        margin = median_frames // 2
 
-        events = [[] for _ in logits]
-        onsets, offsets = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-        for (clip, label, first), (_, _, end) in zip(onsets, offsets, strict=True):
-            score = probabilities[clip, first:end, label].mean().item()
-            name = self.config.id2label[label]
-            events[clip].append({"onset": first * step, "offset": end * step, "label": name, "score": score})
-        return [sorted(clip_events, key=lambda event: event["onset"]) for clip_events in events]
+        events = []
+        for scores, duration in zip(
+            logits.softmax(dim=1) if is_single_label else logits.sigmoid(), durations, strict=True
+        ):
+            scores = scores[:, : math.ceil(duration / step - 1e-6)]  # (classes, t); an end on a step's edge is rounded
+            padded = nn.functional.pad(scores, (margin, margin), mode="replicate")
+            is_active = padded.unfold(1, median_frames, 1).median(dim=2).values >= thresholds
+            edges = nn.functional.pad(is_active.int(), (1, 1)).diff(dim=1)  # (classes, t + 1), +1 and -1
+            onsets, offsets = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+            found = [
+                {
+                    "onset": first * step,
+                    "offset": min(end * step, duration),
+                    "label": self.config.id2label[label],
+                    "score": scores[label, first:end].mean().item(),
+                }
+                for (label, first), (_, end) in zip(onsets, offsets, strict=True)
+            ]
+            events.append(sorted(found, key=lambda event: event["onset"]))
+        return events
 
 
 # Lets save_pretrained copy this file and fill in auto_map.

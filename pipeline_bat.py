@@ -164,11 +164,11 @@ class BatAudioClassificationPipeline(BatAudioPipeline, AudioClassificationPipeli
     """
 
     def check_model_type(self, supported_models):
-        """Refuse a frame-wise checkpoint, whose head would pass for a clip's; the list knows no remote models."""
-        if "BatForAudioFrameClassification" in (self.model.config.architectures or []):
+        """Refuse a frame-wise model, whose logits have one axis more; the list knows no remote models."""
+        if self.model.head.per_frame:
             raise ValueError(
-                f"{self.model.config.name_or_path} classifies frames, not clips. Load it with "
-                "AutoModelForAudioFrameClassification, whose decode_events gives the events of a clip."
+                f"{type(self.model).__name__} classifies frames, not clips. Use the model itself, whose "
+                "decode_events gives the events of a clip."
             )
 
     def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:

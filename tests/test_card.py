@@ -12,8 +12,8 @@ import torch
 from conftest import run_python, tiny_config
 from huggingface_hub import ModelCard
 
-from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification
-from bat_audio.tools.card import block_weights_figure, loss_figure, write_card
+from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, BatModel
+from bat_audio.tools.card import block_weights_figure, loss_figure, write_card, write_encoder_card
 
 ODD_NAMES = [
     "rain | wind",
@@ -180,13 +180,25 @@ def test_clip_snippet_runs(tmp_path):
     assert printed == [f"{score:.3f} {label}" for score, label in expected]
 
 
+def test_encoder_snippet_runs(tmp_path):
+    torch.manual_seed(0)
+    model = BatModel(tiny_config())
+    model.save_pretrained(tmp_path / "model")
+    text = write_encoder_card(tmp_path / "model", model, "a|name").read_text(encoding="utf-8")
+    assert "# a\\|name" in text
+    assert f"{model.num_parameters():,} parameters. It turns 10.24 s of sound into 512 patch tokens" in text
+    printed, _, _ = run_snippet(tmp_path / "model", tmp_path)
+    assert printed == ["32"]
+
+
 def test_frame_snippet_runs(tmp_path):
     model = saved(tmp_path / "model", cls=BatForAudioFrameClassification, problem_type="multi_label_classification")
     write_card(tmp_path / "model", model)
     printed, extractor, waveform = run_snippet(tmp_path / "model", tmp_path)
     features = extractor(waveform, sampling_rate=16000, padding="longest", return_tensors="pt")
+    assert "pipeline_tag" not in metadata_of(tmp_path / "model" / "README.md")
     with torch.no_grad():
-        (events,) = model.decode_events(model(**features).logits)
+        (events,) = model.decode_events(model(**features).logits, durations=[1.0])
     assert events
     assert printed == [
         f"{event['onset']:.2f} to {event['offset']:.2f} s: {event['label']} ({event['score']:.2f})" for event in events

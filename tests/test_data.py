@@ -680,6 +680,8 @@ def test_clips_that_cannot_be_used_are_errors_with_their_names(files, tmp_path):
     with pytest.raises(ValueError, match=re.escape(files[0]) + ".*320 samples are too few for one window"):
         dataset(Example(files[0], ("dog",), duration=0.02))[0]
     late = Example(files[0], ("dog",), events=((0.1, 0.2, "dog"), (0.6, 0.7, "dog")))
+    with pytest.raises(ValueError, match=r"1 of 1 clips have events behind num_frames=48 \(0.48 s\)"):
+        ClipDataset([late], LABELS, PROCESSOR, 48, frames=True)
     with pytest.raises(ValueError, match=re.escape(files[0]) + r": 0.500 s long, .*\(0.6, 0.7, 'dog'\)"):
         dataset(late, frames=True)[0]
     table = datasets.Dataset.from_dict({"audio": [{"bytes": b"no sound", "path": "a.wav"}], "label": ["dog"]})

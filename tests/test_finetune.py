@@ -53,6 +53,23 @@ def sounds(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def events(tmp_path_factory) -> Path:
+    """A manifest of 12 clips of two lengths, with a hiss at three times and a hum at one."""
+    folder = tmp_path_factory.mktemp("events")
+    rows = []
+    for number in range(12):
+        wave = np.zeros(int(16000 * (0.96 if number % 2 else 0.64)))
+        for label, start in (("hiss", 0.16 * (number % 3)), ("hum", 0.32)):
+            first = int(16000 * start)
+            wave[first : first + 5120] += sound(label, number, 5120)
+            rows.append([f"{number}.wav", label, start, start + 0.32])
+        soundfile.write(folder / f"{number}.wav", wave, 16000)
+    with (folder / "events.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "labels", "onset", "offset"], *rows])
+    return folder / "events.csv"
+
+
+@pytest.fixture(scope="session")
 def tiny_json(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     tiny_config(input_shape=[64, 128]).save_pretrained(folder)
@@ -173,6 +190,14 @@ def test_presets_are_the_authors():
         ({"gradient_accumulation": 3}, "batch_size=8 must be a multiple of 3"),
         ({"head": "mlp"}, "head_type='mlp'"),
         ({"mixup": 2.0}, "mixup"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"layer_decay": -1.0}, "layer_decay=-1.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"beta2": 1.0}, "beta2=1.0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"report_to": "paper"}, "report_to='paper' is not installed"),
+        ({"frames": True, "multi_label": False}, "leave multi_label out"),
     ],
 )
 def test_wrong_settings_are_refused_and_leave_nothing(options, tmp_path, changes, message):
@@ -245,6 +270,13 @@ def test_gradient_accumulation_gives_the_same_update(options, tmp_path):
     assert_same_weights(whole, parts, atol=2e-5)
 
 
+def test_gradient_accumulation_of_frames_gives_the_same_update(options, events, tmp_path):
+    options.update(train=str(events), frames=True, steps=3, eval_every=3, **PLAIN)
+    _, whole = trained(options)
+    _, parts = trained(options, gradient_accumulation=4, out=str(tmp_path / "parts"))
+    assert_same_weights(whole, parts, atol=2e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_weights(options, tmp_path):
     for preset in ("finetune", "probe"):
         changes = {"preset": preset, "head": "cgp", "num_prototypes": 7, "steps": 3, "eval_every": 3}
@@ -276,26 +308,14 @@ def test_checkpoint_is_where_training_starts(options, tmp_path):
     assert all(torch.equal(weights[name], first[name]) for name in first if name.startswith("bat."))
 
 
-def test_frames_from_a_manifest(options, tmp_path):
-    rows = []
-    for number in range(12):
-        onset = 0.16 * (number % 3)
-        wave = np.zeros(int(16000 * 0.64))
-        for label, start in (("hiss", onset), ("hum", 0.32)):
-            first = int(16000 * start)
-            wave[first : first + 5120] += sound(label, number, 5120)
-            rows.append([f"{number}.wav", label, start, start + 0.32])
-        soundfile.write(tmp_path / f"{number}.wav", wave, 16000)
-    manifest = tmp_path / "events.csv"
-    with manifest.open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "labels", "onset", "offset"], *rows])
-    metrics, _ = trained({**options, "train": str(manifest)}, frames=True, steps=60, eval_every=20, **PLAIN)
+def test_frames_from_a_manifest(options, events):
+    metrics, _ = trained({**options, "train": str(events)}, frames=True, steps=60, eval_every=20, **PLAIN)
     assert metrics["map"] > 0.98
     model = AutoModelForAudioFrameClassification.from_pretrained(options["out"])
     extractor = AutoFeatureExtractor.from_pretrained(options["out"])
-    inputs = extractor(extractor.load_audio(tmp_path / "1.wav"), sampling_rate=16000, return_tensors="pt")
-    events = model.decode_events(model(**inputs).logits)[0]
-    found = {event["label"]: (event["onset"], event["offset"]) for event in events}
+    waveform = extractor.load_audio(events.with_name("1.wav"))
+    logits = model(**extractor(waveform, sampling_rate=16000, return_tensors="pt")).logits
+    found = {e["label"]: (e["onset"], e["offset"]) for e in model.decode_events(logits, durations=[0.64])[0]}
     assert found["hum"] == pytest.approx((0.32, 0.64))
     assert found["hiss"][0] == pytest.approx(0.16)
 
@@ -352,18 +372,84 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights)
 
 
-def test_begun_folder_refuses_other_settings(options, tmp_path):
-    trained(options)
+def test_begun_folder_refuses_other_settings_and_data(options, sounds, tmp_path):
+    options["train"] = str(shutil.copytree(sounds, tmp_path / "sounds"))
+    _, weights = trained(options)
     shutil.rmtree(options["out"])
-    with pytest.raises(ValueError, match=r"other settings \(batch_size=8, now 4\)"):
+    with pytest.raises(ValueError, match=r"other settings or data \(batch_size=8, now 4\)"):
         trained(options, batch_size=4)
+    _, again = trained(options, num_workers=1, report_to="tensorboard")  # which change nothing
+    assert_same_weights(weights, again)
+    shutil.rmtree(options["out"])
+    (tmp_path / "sounds" / "hum" / "3.wav").unlink()
+    with pytest.raises(ValueError, match=r"other settings or data \(clips='24 of digest .*', now '23 of"):
+        trained(options)
+    shutil.rmtree(f"{options['out']}.training/", ignore_errors=False)
+    trained(options)
+
+
+def test_start_that_failed_does_not_stand_in_the_way(options):
+    with pytest.raises(ValueError, match="100 samples are too few"):
+        spoil_a_clip_and_train(options)
+    trained(options)
+
+
+def spoil_a_clip_and_train(options):
+    folder = Path(options["out"]).parent / "spoilt"
+    shutil.copytree(options["train"], folder)
+    for file in folder.rglob("*.wav"):
+        soundfile.write(file, sound("hum", 1, 100), 16000)
+    trained(options, train=str(folder))
+
+
+@pytest.mark.parametrize("eval_every", [6, 10**6])
+def test_run_resumed_at_its_end_is_at_its_end(options, eval_every):
+    options.update(steps=6, eval_every=eval_every)
+    metrics, weights = trained(options)
+    shutil.rmtree(options["out"])
+    again, same = trained(options)
+    assert again == metrics
+    assert_same_weights(weights, same)
+
+
+def test_bf16_and_tensorboard(options, tmp_path):
+    _, single = trained(options, out=str(tmp_path / "single"))
+    _, half = trained(options, bf16=True, report_to="tensorboard")
+    assert_same_weights(single, half, atol=2e-2)
+    assert any(not torch.equal(single[name], half[name]) for name in single)
+    assert list(Path(f"{options['out']}.training").rglob("events.out.tfevents.*"))
+
+
+def test_few_clips_with_several_labels_are_reported(options, sounds, tmp_path, caplog):
+    files = [[str(file), file.parent.name] for file in sorted(sounds.rglob("*.wav"))]
+    files[5][1] = "hum;hiss"
+    with (tmp_path / "clips.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "labels"], *files])
+    caplog.set_level("WARNING")
+    transformers.utils.logging.enable_propagation()
+    options.update(train=str(tmp_path / "clips.csv"), steps=1, eval_every=1)
+    trained(options)
+    transformers.utils.logging.disable_propagation()
+    assert f"1 of 24 clips have none or several labels (first: {files[5][0]})" in caplog.text
+    with pytest.raises(ValueError, match="have not exactly one label"):
+        trained(options, multi_label=False, out=str(tmp_path / "single"))
+
+
+def test_one_class_is_refused(options, sounds, tmp_path):
+    shutil.copytree(sounds / "hum", tmp_path / "sounds" / "hum")
+    with pytest.raises(ValueError, match="All clips have the label hum"):
+        trained(options, train=str(tmp_path / "sounds"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["finetune", "probe"])
-def test_two_processes_equal_one(options, tmp_path, preset):
+@pytest.mark.parametrize("kind", ["finetune", "probe", "frames"])
+def test_two_processes_equal_one(options, events, tmp_path, kind):
     """With uneven shares of the validation clips, of which there are 6; without dropout, which each process draws."""
-    options = {**options, "preset": preset, "head": "linear_cgp", "steps": 6, "eval_every": 3}
+    options = {**options, "preset": "finetune", "head": "linear_cgp", "steps": 6, "eval_every": 3}
+    if kind == "frames":
+        options.update(train=str(events), frames=True, **PLAIN)
+    if kind == "probe":
+        options["preset"] = kind
     expected, weights = trained(options, out=str(tmp_path / "one"))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
@@ -374,10 +460,12 @@ def test_two_processes_equal_one(options, tmp_path, preset):
 
 
 @pytest.mark.slow
-def test_accelerate_launch(options):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "bat_audio.tools.cli"]
-    run([sys.executable, *launch, "finetune", *command_line({**options, "steps": 2, "eval_every": 2})])
-    assert AutoModelForAudioClassification.from_pretrained(options["out"]).config.num_labels == 3
+def test_accelerate_launch_with_two_processes(options, tmp_path):
+    options = {**options, "steps": 4, "eval_every": 2}
+    _, weights = trained(options, out=str(tmp_path / "one"))
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    run([sys.executable, *launch, "-m", "bat_audio.tools.cli", "finetune", *command_line(options)])
+    assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
 
 
 def test_errors_are_one_line(options, tmp_path):
@@ -388,6 +476,19 @@ def test_errors_are_one_line(options, tmp_path):
     ]
     assert "nothing" in result.stderr
     assert "Traceback" in run([*cli({**options, "train": "nothing"}), "--debug"], check=False).stderr
+
+
+@pytest.mark.slow
+def test_spoilt_clip_is_one_line(options, sounds, tmp_path):
+    options["train"] = str(shutil.copytree(sounds, tmp_path / "sounds"))
+    (tmp_path / "sounds" / "hum" / "1.wav").write_bytes(b"RIFF")
+    for workers in (0, 1):
+        result = run(cli({**options, "num_workers": workers}), check=False)
+        errors = [line for line in result.stderr.splitlines() if "error: " in line]
+        assert result.returncode == 1
+        assert len(errors) == 1
+        assert str(Path("hum") / "1.wav") in errors[0]
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow

@@ -108,6 +108,12 @@ def test_hf_download_command(clone, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_memory_benchmark_runs():
+    """With one clip; the README's figures are for 32."""
+    printed = run([sys.executable, str(ROOT / "benchmarks" / "head_memory.py"), "--batch", "1", "--case", "streamed"])
+    assert int(printed.stdout) >= 0
+
+
 def test_make_targets_and_extras_of_the_readme_exist():
     for target in set(re.findall(r"`?make (\w+)", README)):
         result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)

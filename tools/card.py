@@ -1,4 +1,4 @@
-"""Model card of a trained BAT classifier: README.md with metadata for the Hub, and plots of its training."""
+"""Model cards, README.md with metadata for the Hub: of a trained BAT classifier, with plots, and of an encoder."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from bat_audio.modeling_bat import BatForClassification
+from bat_audio.modeling_bat import BatForClassification, BatModel
 
 LISTED_CLASSES = 10  # named in the text; more go into a list that unfolds
 LOSS_PLOT = "plots/loss.png"
@@ -49,9 +49,52 @@ waveform = extractor.load_audio("clip.wav")
 inputs = extractor(waveform, sampling_rate={rate}, padding="longest", return_tensors="pt")
 with torch.inference_mode():
     logits = model(**inputs).logits  # (1, steps of {step} ms, classes)
-for event in model.decode_events(logits)[0]:
+for event in model.decode_events(logits, durations=[len(waveform) / {rate}])[0]:
     print(f"{{event['onset']:.2f}} to {{event['offset']:.2f}} s: {{event['label']}} ({{event['score']:.2f}})")
 """
+ENCODER_BODY = """\
+# {name}
+
+A [BAT](https://arxiv.org/abs/2602.16305) (Better Audio Transformer) encoder of {blocks} blocks and width {width}; \
+{parameters:,} parameters. It turns {seconds:g} s of sound into {patches} patch tokens and one embedding.
+
+With `pip install torch transformers soundfile soxr`, in this folder; elsewhere its path, or the name of its Hub \
+repository, takes the place of `"."`. `trust_remote_code` lets the code in this repository run on your machine.
+
+```python
+from transformers import pipeline
+
+embed = pipeline("feature-extraction", model=".", trust_remote_code=True)
+embedding = embed("clip.wav")  # a path, or an array of mono samples at {rate} Hz
+print(len(embedding))
+```
+
+`AutoModel`, `AutoModelForAudioClassification` and `AutoModelForAudioFrameClassification` load it too; the last two \
+put a new head on it, which is to be trained. This card says nothing about what the encoder was trained on.
+"""
+
+
+def write_encoder_card(folder: str | Path, model: BatModel, name: str) -> Path:
+    """Write README.md for a saved encoder, with what the model itself shows, and return its path."""
+    config = model.config
+    metadata = ModelCardData(
+        library_name="transformers",
+        license="mit",
+        pipeline_tag="feature-extraction",
+        tags=["audio", "audio-embeddings", "bat", "custom_code"],
+    )
+    body = ENCODER_BODY.format(
+        name=_escape(name),
+        blocks=config.num_hidden_layers,
+        width=config.hidden_size,
+        parameters=model.num_parameters(),
+        seconds=config.input_shape[0] * config.hop_length / config.sample_rate,
+        patches=math.prod(config.grid_size),
+        rate=config.sample_rate,
+    )
+    path = Path(folder) / "README.md"
+    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    return path
 
 
 def write_card(
@@ -96,6 +139,8 @@ def write_card(
     if model.head.block_attention is not None:
         figures[BLOCKS_PLOT] = block_weights_figure(model.head.block_attention)
     metadata = _metadata(name, base_model, dataset, metrics)
+    if model.head.per_frame:  # the Hub would print a pipeline call that fails
+        metadata.pipeline_tag = None
     body = _body(model, name, base_model, dataset, metrics, settings or {}, num_clips, set(figures))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".card.") as partial:
         (Path(partial) / "plots").mkdir()

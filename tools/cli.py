@@ -28,7 +28,10 @@ def command(function: Callable) -> Callable:
         except (ImportError, OSError, ValueError) as error:
             if debug:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            message = str(error)
+            if "in DataLoader worker process" in message:  # a traceback, and its last line what is the matter
+                message = message.strip().splitlines()[-1].partition(": ")[2]
+            typer.echo(f"error: {message}", err=True)
             raise typer.Exit(1) from error
 
     signature = inspect.signature(function)

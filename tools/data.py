@@ -459,6 +459,14 @@ class ClipDataset(torch.utils.data.Dataset):
         if frames:
             wrong = [example.source for example in examples if example.labels and not example.events]
             problem = "have labels but no events; read them with frames=True"
+            seconds = num_frames * processor.hop_length / processor.sample_rate
+            unheard = [e.source for e in examples if any(onset >= seconds for onset, _, _ in e.events)]
+            if unheard:
+                raise ValueError(
+                    f"{len(unheard)} of {len(examples)} clips have events behind num_frames={num_frames} ({seconds:g} "
+                    f"s), which would never be heard: {_some(unheard)}. Raise num_frames, or divide the recordings "
+                    "with the columns start and duration."
+                )
         else:
             wrong = [example.source for example in examples if len(example.labels) != 1 and not multi_label]
             problem = "have not exactly one label; correct them, or train with multi_label"

@@ -7,6 +7,7 @@ seed alone, so that a resumed run, or one on more processes, sees the same clips
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.utils import logging
 
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HUB_REPOSITORY, load_pretrained_encoder
@@ -31,12 +34,16 @@ from bat_audio.modeling_bat import (
 )
 from bat_audio.processing_bat import BatFeatureExtractor
 from bat_audio.tools.card import write_card
-from bat_audio.tools.data import Augmentation, ClipDataset, label_names, read_examples, split_examples
+from bat_audio.tools.data import Augmentation, ClipDataset, Example, label_names, read_examples, split_examples
 from bat_audio.tools.recipes import FinetuneSettings
 
 FINAL_LEARNING_RATE = 1e-6  # where the cosine ends, for the head
 LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too
 WITHOUT_DECAY = ("block_attention", "prototype_vectors")
+WITHOUT_INFLUENCE = ("num_workers", "report_to", "gradient_checkpointing")  # on the result; may change for resuming
+FEW = 0.1  # share of clips with none or several labels from which on they are no surprise
+
+logger = logging.get_logger(__name__)
 
 
 class BatTrainer(Trainer):
@@ -77,7 +84,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     labels = label_names(train)
     multi_label = settings.multi_label
     if multi_label is None:
-        multi_label = settings.frames or any(len(example.labels) != 1 for example in [*train, *validation])
+        multi_label = settings.frames or _has_several_labels([*train, *validation])
+    if not multi_label and len(labels) < 2:
+        raise ValueError(f"All clips have the label {labels[0]}; telling classes apart takes at least two.")
     args = _training_arguments(settings, len(train), work, "map" if multi_label or settings.frames else "accuracy")
     transformers.set_seed(settings.seed)
     model = build_model(settings, labels, multi_label)
@@ -93,19 +102,22 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     )
     kinds = {"multi_label": multi_label, "frames": settings.frames, "seed": settings.seed}
     clips = (labels, extractor.processor, num_frames)
-    epochs = math.ceil(args.max_steps * settings.batch_size / len(train))
-    with args.main_process_first(desc="claiming the training folder"):
-        _claim(work, settings, is_first=args.process_index == 0)
-
+    num_items = args.max_steps * settings.batch_size
+    row = ClipDataset(
+        train, *clips, augmentation=augmentation, epochs=math.ceil(num_items / len(train)), shuffle=True, **kinds
+    )
     trainer = BatTrainer(
         model=_add_lora(model, settings.lora) if settings.lora else model,
         args=args,
-        train_dataset=ClipDataset(train, *clips, augmentation=augmentation, epochs=epochs, shuffle=True, **kinds),
+        train_dataset=Subset(row, range(num_items)),  # no more, so that a run resumed at its end is at its end
         eval_dataset=ClipDataset(validation, *clips, **kinds),
         compute_metrics=_frame_metrics if settings.frames else classification_metrics,
     )
     groups = parameter_groups(trainer.model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
     trainer.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
+    with args.main_process_first(desc="claiming the training folder"):
+        if args.process_index == 0:
+            _claim(work, settings, [train, validation])
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     metrics = {name: metrics[name] for name in ("loss", "accuracy", "map", "f1") if name in metrics}
@@ -208,7 +220,21 @@ def _read_data(settings: FinetuneSettings) -> tuple[list, list]:
     return split_examples(examples, settings.validation_fraction, settings.seed)
 
 
+def _has_several_labels(examples: list[Example]) -> bool:
+    """Whether classes are to be scored one by one, which a few clips with none or several labels decide too."""
+    odd = [example for example in examples if len(example.labels) != 1]
+    if 0 < len(odd) < FEW * len(examples):
+        logger.warning(
+            f"{len(odd)} of {len(examples)} clips have none or several labels (first: {odd[0].source}), so every class "
+            "is scored by itself. If they are mistakes, correct them; --no-multi-label refuses such clips."
+        )
+    return bool(odd)
+
+
 def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, metric: str) -> TrainingArguments:
+    loggers = ("none", "all", *get_available_reporting_integrations())
+    if settings.report_to not in loggers:
+        raise ValueError(f"report_to={settings.report_to!r} is not installed; there are {', '.join(loggers)}.")
     steps = settings.steps
     if settings.epochs is not None:
         steps = max(1, round(settings.epochs * num_clips / settings.batch_size))
@@ -261,22 +287,24 @@ def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
     return get_peft_model(model, targets)
 
 
-def _claim(work: Path, settings: FinetuneSettings, is_first: bool):
-    """Note the settings in the training folder, or refuse a folder that other settings have begun."""
-    if not is_first:
-        return
+def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
+    """Note the settings in the training folder, or refuse a folder with checkpoints of other settings or data."""
     facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
+    clips = [[(str(e.source), e.labels, e.start, e.duration, e.events) for e in examples] for examples in data]
+    facts["clips"] = f"{sum(map(len, data))} of digest {hashlib.sha256(repr(clips).encode()).hexdigest()[:12]}"
     facts = json.loads(json.dumps(facts, default=str))
     notes = work / "settings.json"
-    if notes.is_file():
+    if notes.is_file() and _last_whole_checkpoint(work):
         begun = json.loads(notes.read_text())
         others = [
-            f"{name}={begun.get(name)!r}, now {facts[name]!r}" for name in facts if begun.get(name) != facts[name]
+            f"{name}={begun.get(name)!r}, now {facts[name]!r}"
+            for name in facts
+            if name not in WITHOUT_INFLUENCE and begun.get(name) != facts[name]
         ]
         if others:
             raise ValueError(
-                f"{work} holds a run with other settings ({'; '.join(others)}). Go on with the same settings, or "
-                "remove that folder to begin anew."
+                f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
+                "that folder to begin anew."
             )
     work.mkdir(parents=True, exist_ok=True)
     partial = notes.with_suffix(".partial")

@@ -27,6 +27,7 @@ from bat_audio import modeling_bat
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import AUTO_MAP, BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import BatFeatureExtractor
+from bat_audio.tools.card import write_card, write_encoder_card
 
 PACKAGE = Path(__file__).parent.parent
 # Beside what `save_pretrained` writes.
@@ -176,19 +177,18 @@ def _write_card(folder: Path, repository: Path, model: BatPreTrainedModel, name:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy(picture, target)
     elif isinstance(model, BatModel):
-        shutil.copy(PACKAGE / "README.md", readme)
+        write_encoder_card(repository, model, name)
     else:
-        from bat_audio.tools.card import write_card
-
         write_card(repository, model, name=name)
 
     try:
         card = ModelCard.load(readme)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"The metadata at the top of {folder / 'README.md'} is not valid: {error}") from error
-    task = "feature-extraction" if isinstance(model, BatModel) else "audio-classification"
+    tasks = {"BatModel": "feature-extraction", "BatForAudioClassification": "audio-classification"}
+    task = tasks.get(type(model).__name__)  # there is no pipeline for frames
     for key, value in {"library_name": "transformers", "license": "mit", "pipeline_tag": task}.items():
-        if card.data.get(key) is None:
+        if value is not None and card.data.get(key) is None:
             card.data[key] = value
     tags = card.data.get("tags") or []
     card.data["tags"] = tags if "custom_code" in tags else [*tags, "custom_code"]

@@ -66,7 +66,10 @@ class FinetuneSettings:
     multi_label_loss: str = _option("asymmetric", "bce or asymmetric.")
 
     freeze_encoder: bool | None = _option(None, "Probe: train the head alone on the encoder in eval mode.")
-    lora: int | None = _option(None, "Train low-rank adapters of this rank in the encoder, merged at the end.")
+    lora: int | None = _option(
+        None,
+        "Train low-rank adapters of this rank in the encoder, merged at the end; they want a higher --learning-rate.",
+    )
     steps: int | None = _option(None, "Optimiser steps.")
     epochs: float | None = _option(None, "Passes through the data, instead of --steps.")
     warmup: float = _option(0.1, "Share of the steps with a rising learning rate; then it falls as a cosine.")
@@ -104,11 +107,19 @@ class FinetuneSettings:
         freezes = PRESETS[self.preset]["freeze_encoder"] if self.freeze_encoder is None else self.freeze_encoder
         if self.lora is not None and (self.lora < 1 or freezes):
             raise ValueError(f"lora={self.lora} needs a rank of at least 1 and an encoder that is not frozen.")
+        if self.frames and self.multi_label is False:
+            raise ValueError("frames takes any number of classes at each step, or none; leave multi_label out.")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup={self.warmup} is a share of the steps, from 0 to 1.")
-        for name in ("batch_size", "gradient_accumulation", "steps", "epochs", "eval_every", "num_frames"):
+        positive = ("batch_size", "gradient_accumulation", "steps", "epochs", "eval_every", "num_frames")
+        for name in (*positive, "learning_rate", "layer_decay"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        for name in ("weight_decay", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be below 0.")
+        if self.beta2 is not None and not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2={self.beta2} must be from 0 to below 1.")
 
     def with_preset(self) -> "FinetuneSettings":
         """The settings with the preset's value wherever there was None."""
