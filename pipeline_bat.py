@@ -51,6 +51,8 @@ class BatAudioPipeline(Pipeline):
         """
         if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | list):
             return list(super().__call__((clip for clip in inputs), **kwargs))
+        if isinstance(inputs, list) and not inputs:  # Transformers looks at the first
+            return []
         return super().__call__(inputs, **kwargs)
 
     def load_clip(self, clip) -> torch.Tensor:

@@ -162,6 +162,7 @@ def test_lists_generators_and_columns(sound):
     expected = [pipe(waveform), pipe(CLIPS[1])]
     assert pipe([path, CLIPS[1]]) == expected
     assert pipe((path, CLIPS[1])) == expected
+    assert pipe([]) == pipe(()) == []
     stream = pipe(clip for clip in (path, CLIPS[1]))
     assert not isinstance(stream, list)
     assert list(stream) == expected

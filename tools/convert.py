@@ -161,7 +161,10 @@ def _check_tensors(weights: dict) -> dict[str, torch.Tensor]:
     """The weights in one dtype, each with memory of its own, if all are finite and the telling ones are there."""
     foreign = [name for name, value in weights.items() if getattr(value, "dtype", None) not in DTYPES]
     if foreign:
-        raise ValueError(f"not floating-point tensors: {', '.join(foreign)}.")
+        raise ValueError(
+            f"not floating-point tensors: {', '.join(foreign)}. Expected are the weights themselves, or a dict with "
+            'them under "state_dict", "encoder" or "ema_encoder".'
+        )
     required = set(ENCODER_AXES) | {"head.fc.weight"} if _has_head(weights) else set(ENCODER_AXES)
     missing = sorted(required - weights.keys())
     if missing:
