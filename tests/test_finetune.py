@@ -418,6 +418,8 @@ def test_bf16_and_tensorboard(options, tmp_path):
     assert_same_weights(single, half, atol=2e-2)
     assert any(not torch.equal(single[name], half[name]) for name in single)
     assert list(Path(f"{options['out']}.training").rglob("events.out.tfevents.*"))
+    _, again = trained(options, out=str(tmp_path / "again"))  # Transformers 4 hands bf16 on in the environment
+    assert_same_weights(single, again, atol=1e-5)
 
 
 def test_few_clips_with_several_labels_are_reported(options, sounds, tmp_path, caplog):

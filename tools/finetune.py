@@ -240,6 +240,8 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         steps = max(1, round(settings.epochs * num_clips / settings.batch_size))
     eval_every = settings.eval_every or max(1, steps // 20)
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if settings.bf16 is not None:  # Trainer listens to this variable too, and in Transformers 4 sets it for all runs
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
