@@ -124,7 +124,7 @@ class BatConfig(PretrainedConfig):
         self.head_dropout = head_dropout
         self.num_prototypes = num_prototypes
         self.multi_label_loss = multi_label_loss
-        self._check_fields()
+        self.check_fields()
         super().__init__(**kwargs)
 
     def __eq__(self, other) -> bool:
@@ -138,7 +138,7 @@ class BatConfig(PretrainedConfig):
         """Time patches and mel patches of one whole chunk of `input_shape`."""
         return self.input_shape[0] // self.patch_size[0], self.input_shape[1] // self.patch_size[1]
 
-    def _check_fields(self):
+    def check_fields(self):
         """Raise a ValueError that names the field and its value for the first one out of range."""
 
         def require(field: str, is_valid: bool, expected: str):

@@ -340,6 +340,7 @@ class BatModel(BatPreTrainedModel):
     """The BAT encoder: log-mel features in, one CLS token and a picture of patch tokens out."""
 
     def __init__(self, config: BatConfig):
+        config.check_fields()  # keywords of from_pretrained are set on a config that was checked before
         super().__init__(config)
         time_patches, mel_patches = config.grid_size
         # Transformers' GradientCheckpointingLayer would do this per block, but cannot be imported beside a broken

@@ -411,6 +411,15 @@ def test_encoder_checkpoint_gives_a_model_with_a_new_head(tmp_path):
     assert model.head.prototype_vectors.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "field", [{"head_type": "cpg"}, {"head_pooling": "max"}, {"num_prototypes": 0}, {"drop_path_rate": 3.0}]
+)
+def test_wrong_field_is_refused_on_loading(tmp_path, field):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(field))):
+        BatForAudioClassification.from_pretrained(tmp_path, **field)
+
+
 def test_encoder_comes_out_of_a_head_checkpoint(tmp_path):
     model = head_model(head_type="cgp")
     model.save_pretrained(tmp_path)

@@ -215,7 +215,7 @@ def _complete_encoder_config(weights: dict[str, torch.Tensor], config: BatConfig
         if width not in PUBLISHED_HEADS:
             raise ValueError(
                 f"width {width} (cls_token) is none of the published {', '.join(map(str, PUBLISHED_HEADS))}, so the "
-                "number of attention heads is not known: give a config with num_attention_heads."
+                "number of attention heads is not known: give a config (--config) with num_attention_heads."
             )
         fields = {field: value for field, (value, _) in told.items()}
         return BatConfig(**fields, num_attention_heads=PUBLISHED_HEADS[width])
@@ -312,6 +312,8 @@ def _read_config(path: Path) -> BatConfig:
 
 
 def _read_labels(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one name per line.")
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -252,8 +252,8 @@ def _check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
     missing = [column for column in required if column not in columns]
     if missing:
         raise ValueError(
-            f"{name}: no column {' and no '.join(map(repr, missing))} among {', '.join(map(repr, columns))}; add it, "
-            "or rename a column."
+            f"{name}: no column {' and no '.join(map(repr, missing))} among {', '.join(map(repr, columns)) or 'none'}; "
+            "add it, or rename a column (commas separate those of a CSV file)."
         )
 
 
@@ -285,7 +285,8 @@ def _events(cells: dict, where: str, duration: float | None, frames: bool) -> li
     if (onset is None) != (offset is None) or (frames and (onset is None) != (not labels)):
         raise ValueError(f"{times} with {len(labels)} labels; an event needs all three, a clip without events none.")
     if onset is not None and not onset < (offset if duration is None else min(offset, duration)):
-        raise ValueError(f"{times} in a clip of duration={duration}: the onset must come before both.")
+        end = "" if duration is None else f" and before the clip's end at duration={duration}"
+        raise ValueError(f"{times}: the onset must come before the offset{end}.")
     return [(onset, offset, str(label).strip()) for label in labels]
 
 

@@ -90,6 +90,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     args = _training_arguments(settings, len(train), work, "map" if multi_label or settings.frames else "accuracy")
     transformers.set_seed(settings.seed)
     model = build_model(settings, labels, multi_label)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     num_frames = settings.num_frames or model.config.input_shape[0]
     extractor = BatFeatureExtractor.from_model_config(model.config)
     extractor.num_frames = num_frames
@@ -251,8 +253,6 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         lr_scheduler_kwargs={"min_lr_rate": min(1.0, FINAL_LEARNING_RATE / settings.learning_rate)},
         warmup_steps=round(settings.warmup * steps),
         bf16=has_bf16 if settings.bf16 is None else settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
         eval_steps=eval_every,
         save_strategy="steps",
@@ -264,7 +264,6 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         logging_steps=max(1, eval_every // 5),
         logging_nan_inf_filter=False,
         dataloader_num_workers=settings.num_workers,
-        dataloader_persistent_workers=settings.num_workers > 0,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         label_names=["labels"],

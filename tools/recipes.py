@@ -106,7 +106,10 @@ class FinetuneSettings:
             raise ValueError(f"Got steps={self.steps} and epochs={self.epochs}; give one of them.")
         freezes = PRESETS[self.preset]["freeze_encoder"] if self.freeze_encoder is None else self.freeze_encoder
         if self.lora is not None and (self.lora < 1 or freezes):
-            raise ValueError(f"lora={self.lora} needs a rank of at least 1 and an encoder that is not frozen.")
+            raise ValueError(
+                f"lora={self.lora} needs a rank of at least 1 and an encoder that is not frozen, "
+                "as with preset='finetune'."
+            )
         if self.frames and self.multi_label is False:
             raise ValueError("frames takes any number of classes at each step, or none; leave multi_label out.")
         if not 0 <= self.warmup <= 1:
