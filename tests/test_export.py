@@ -1,6 +1,7 @@
 """Export: the written files compute what the PyTorch model does, without this package, and nothing else is written."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -19,11 +20,6 @@ from bat_audio.tools.export import ExportGraph, FrontEnd, export
 
 # Clips and frames: one patch; not a multiple of 16; one whole chunk of 64; longer; two chunks and frames too many.
 SHAPES = [(1, 16), (2, 57), (1, 64), (3, 83), (2, 137)]
-CASES = {  # by name: the class of model, whether the input is a waveform, and whether int8
-    "encoder": (tiny_model, {}),
-    "waveform": (tiny_model, {"from_waveform": True, "int8": True}),
-    "head": (lambda: tiny_probe(**HEADS["cgp"]), {"from_waveform": True}),
-}
 
 
 def random_features(batch: int, frames: int) -> torch.Tensor:
@@ -51,21 +47,31 @@ def assert_same(found: dict, expected: dict[str, torch.Tensor], tolerance: float
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A function that gives a case's model and ONNX file, made once."""
-    made = {}
+def encoder(tmp_path_factory):
+    """An encoder, its ONNX file, and what `export` returned."""
+    folder = tmp_path_factory.mktemp("encoder")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    return model, folder / "bat.onnx", export(folder / "model", folder / "bat.onnx", format="onnx")
 
-    def make(case: str):
-        if case not in made:
-            folder = tmp_path_factory.mktemp(case)
-            make_model, options = CASES[case]
-            model = make_model()
-            model.save_pretrained(folder / "model")
-            results = export(folder / "model", folder / "model.onnx", format="onnx", **options)
-            made[case] = model, folder / "model.onnx", results
-        return made[case]
 
-    return make
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A model with a head, its ONNX files of waveforms in float32 and int8, and what `export` returned for int8."""
+    folder = tmp_path_factory.mktemp("classifier")
+    model = tiny_probe(**HEADS["cgp"])
+    model.save_pretrained(folder / "model")
+    write_int8 = export_module._write_int8
+
+    def keep_float32(float32, path):
+        os.link(float32, folder / "float32.onnx")
+        return write_int8(float32, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_write_int8", keep_float32)
+        results = export(folder / "model", folder / "int8.onnx", format="onnx", from_waveform=True, int8=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["float32.onnx", "int8.onnx", "model"]
+    return model, folder / "float32.onnx", folder / "int8.onnx", results
 
 
 def run_onnx(path, inputs: torch.Tensor) -> dict[str, np.ndarray]:
@@ -116,8 +122,8 @@ def test_front_end_of_hard_clips(samples):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_onnx_equals_torch(exported, shape):
-    model, path, results = exported("encoder")
+def test_onnx_equals_torch(encoder, shape):
+    model, path, results = encoder
     features = random_features(*shape)
     assert_same(run_onnx(path, features), expected_outputs(model, features))
     assert results.keys() == {"last_hidden_state", "pooler_output"}
@@ -125,46 +131,45 @@ def test_onnx_equals_torch(exported, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_onnx_of_a_head_takes_waveforms(exported, shape):
-    model, path, _ = exported("head")
+def test_onnx_from_waveforms_equals_torch(classifier, shape):
+    model, float32, _, _ = classifier
     waveform = random_waveform(*shape)
-    features = BatAudioProcessor(num_frames=None)(waveform)
-    assert_same(run_onnx(path, waveform), expected_outputs(model, features), tolerance=1e-4)
+    expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))
+    assert_same(run_onnx(float32, waveform), expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_is_close(exported, shape):
-    model, path, results = exported("waveform")
+def test_int8_is_close(classifier, shape):
+    model, _, int8, results = classifier
     waveform = random_waveform(*shape)
     expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))["last_hidden_state"]
-    found = torch.from_numpy(run_onnx(path, waveform)["last_hidden_state"])
+    found = torch.from_numpy(run_onnx(int8, waveform)["last_hidden_state"])
     cosines = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
     assert 0.99 < cosines.min() < 0.999999
     assert 0.99 < results["min_cosine"] <= results["mean_cosine"] < 0.999999
+    assert results["logits"] < 1e-4  # of the float32 graph
 
 
-def test_int8_quantises_the_blocks_alone(exported):
-    graph = onnx.load(exported("waveform")[1]).graph
-    kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MatMulInteger") == 2 * 5  # two blocks of qkv, gate, proj, fc1, fc2
-    assert kinds.count("MatMul") == 1 + 2 * 2  # mel filters, and two products of activations for each block
-    assert kinds.count("Conv") == 2
+def test_int8_quantises_the_blocks_alone(classifier):
+    _, float32, int8, _ = classifier
+    before, after = ([node.op_type for node in onnx.load(path).graph.node] for path in (float32, int8))
+    assert after.count("MatMulInteger") == 2 * 5  # two blocks of qkv, gate, proj, fc1, fc2
+    assert after.count("MatMul") == before.count("MatMul") + before.count("Gemm") - 2 * 5  # the head's Gemm is split
+    assert after.count("Conv") == before.count("Conv")
 
 
-def test_onnx_file_tells_what_it_is(exported):
-    model, path, _ = exported("head")
-    file = onnx.load(path, load_external_data=False)
-    onnx.checker.check_model(file)
-    assert [entry.version for entry in file.opset_import if entry.domain == ""] == [export_module.OPSET]
-    assert [tensor.name for tensor in file.graph.input] == ["waveform"]
-    assert [tensor.name for tensor in file.graph.output] == ["logits", "last_hidden_state", "pooler_output"]
-    metadata = {entry.key: entry.value for entry in file.metadata_props}
-    assert metadata["sample_rate"] == "16000"
-    assert json.loads(metadata["id2label"]) == {str(key): value for key, value in model.config.id2label.items()}
-    assert "BatForAudioClassification" in metadata["description"]
-    quantised = {entry.key: entry.value for entry in onnx.load(exported("waveform")[1]).metadata_props}
-    assert quantised["sample_rate"] == "16000"
-    assert list(path.parent.iterdir()) in ([path.parent / "model", path], [path, path.parent / "model"])
+def test_onnx_file_tells_what_it_is(classifier):
+    model, *paths, _ = classifier
+    for path in paths:
+        file = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(file)
+        assert [entry.version for entry in file.opset_import if entry.domain == ""] == [export_module.OPSET]
+        assert [tensor.name for tensor in file.graph.input] == ["waveform"]
+        assert [tensor.name for tensor in file.graph.output] == ["logits", "last_hidden_state", "pooler_output"]
+        metadata = {entry.key: entry.value for entry in file.metadata_props}
+        assert metadata["sample_rate"] == "16000"
+        assert json.loads(metadata["id2label"]) == {str(key): name for key, name in model.config.id2label.items()}
+        assert "BatForAudioClassification" in metadata["description"]
 
 
 RUN_WITHOUT_TORCH = """
@@ -183,8 +188,8 @@ print(*expected)
 """
 
 
-def test_onnx_needs_onnxruntime_alone(exported, tmp_path):
-    model, path, _ = exported("head")
+def test_onnx_needs_onnxruntime_alone(classifier, tmp_path):
+    model, path, _, _ = classifier
     waveform = random_waveform(2, 137)
     expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))
     np.save(tmp_path / "waveform.npy", waveform.numpy())
@@ -240,25 +245,37 @@ def test_missing_packages_are_named(refuses, monkeypatch):
     refuses("onnxscript.*pip install onnx onnxruntime onnxscript", ImportError, format="onnx")
 
 
-@pytest.mark.parametrize("spoilt", [lambda x: x * 1.01, lambda x: x * torch.nan, lambda x: x[:, 1:]])
-def test_graph_that_computes_something_else_is_refused(refuses, monkeypatch, spoilt):
+def test_graph_that_computes_something_else_is_refused(refuses, monkeypatch):
     forward = ExportGraph.forward
 
     def spoil(graph, inputs):
         outputs = forward(graph, inputs)
-        return {**outputs, "last_hidden_state": spoilt(outputs["last_hidden_state"])}
+        return {**outputs, "pooler_output": 1.01 * outputs["pooler_output"]}
 
     monkeypatch.setattr(ExportGraph, "forward", spoil)
+    refuses("computes something else .* pooler_output .* differs by")
+
+
+@pytest.mark.parametrize("spoil", [lambda x: 1.01 * x, lambda x: x * torch.nan, lambda x: x[:, 1:]])
+def test_difference_nan_and_another_shape_are_refused(refuses, monkeypatch, spoil):
+    def run(inputs):
+        outputs = expected_outputs(tiny_model(), inputs)
+        return {**outputs, "last_hidden_state": spoil(outputs["last_hidden_state"])}
+
+    monkeypatch.setattr(export_module, "_write_program", lambda *_: run)
     refuses("computes something else .* last_hidden_state .* differs by")
 
 
-def test_int8_that_is_too_coarse_is_refused(exported, refuses, monkeypatch):
-    _, path, _ = exported("waveform")
-    monkeypatch.setattr(export_module, "MIN_COSINE", 0.99999)
-    monkeypatch.setattr(export_module, "_write_onnx", lambda *_: export_module._onnx_runner(path))
-    monkeypatch.setattr(export_module, "_write_int8", lambda *_: export_module._onnx_runner(path))
-    monkeypatch.setattr(export_module, "TOLERANCE", 1.0)
-    refuses("lose too much as int8: .* expected 0.995 and 0.99999", format="onnx", from_waveform=True, int8=True)
+def test_int8_that_is_too_coarse_is_refused(refuses, monkeypatch):
+    def run(inputs):
+        return expected_outputs(tiny_model(), inputs)
+
+    def run_coarsely(inputs):
+        return {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in run(inputs).items()}
+
+    monkeypatch.setattr(export_module, "_write_onnx", lambda *_: run)
+    monkeypatch.setattr(export_module, "_write_int8", lambda *_: run_coarsely)
+    refuses("lose too much as int8: .* expected 0.995 and 0.98", format="onnx", int8=True)
 
 
 def test_graph_that_cannot_be_traced_is_refused(refuses, monkeypatch):
@@ -266,7 +283,7 @@ def test_graph_that_cannot_be_traced_is_refused(refuses, monkeypatch):
     refuses(r"torch \S+ cannot export")
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("stopped")])
 def test_interruption_leaves_nothing_behind(tmp_path, refuses, monkeypatch, error):
     written = []
 
@@ -274,6 +291,7 @@ def test_interruption_leaves_nothing_behind(tmp_path, refuses, monkeypatch, erro
         written.extend(file.name for file in tmp_path.rglob("model.pt2"))
         raise error
 
+    monkeypatch.setattr(export_module, "_trace", lambda *_: torch.export.export(torch.nn.Identity(), (torch.zeros(1),)))
     monkeypatch.setattr(export_module, "_compare", fail)
     refuses(str(error), type(error))
     assert written == ["model.pt2"]

@@ -166,7 +166,7 @@ def export(
         format: "onnx" or "pt2".
         from_waveform: take mono clips (B, samples) at the config's rate, at least n_fft/2 + 1 samples in -1..1, which
             are not checked, and make the features in the graph, as `BatAudioProcessor(num_frames=None)` does.
-        int8: quantise the Linear layers of the encoder's blocks, for "onnx" only: their weights to 7 bits per output
+        int8: quantise the Linear layers of the encoder's blocks, for "onnx" only: their weights to 8 bits per output
             channel and their inputs, while running, by the largest and smallest value over the whole batch.
 
     Returns:
@@ -329,15 +329,9 @@ def _write_int8(float32: Path, path: Path) -> Callable:
         and node.input[1] in weights
         and any(".blocks." in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))
     ]
-    # Weights of 7 bits: CPUs without VNNI add products in 16 bits, where those of 8 bits overflow (cosines of 0.94).
-    quantize_dynamic(
-        float32,
-        path,
-        nodes_to_quantize=linears,
-        per_channel=True,
-        reduce_range=True,
-        weight_type=QuantType.QInt8,
-    )
+    # Unsigned weights: CPUs without VNNI add products of signed ones in 16 bits, which overflow (cosines of 0.94)
+    # unless they have 7 bits. That is a little faster but coarser: cosines of 0.98 instead of 0.997 for one encoder.
+    quantize_dynamic(float32, path, nodes_to_quantize=linears, per_channel=True, weight_type=QuantType.QUInt8)
     return _onnx_runner(path)
 
 
