@@ -57,7 +57,9 @@ class FrontEnd(nn.Module):
         low = decibel.amin(dim=(1, 2), keepdim=True)
         # Not the processor's + 1e-8: onnxruntime takes that for adding zero and leaves it out, so that silence is NaN.
         features = ((decibel - low) / (high - low).clamp_min(1e-8)).unsqueeze(1)
-        return nn.functional.pad(features, (0, 0, 0, -features.shape[2] % PATCH_FRAMES))
+        frames = features.shape[2]
+        whole_frames = (frames + PATCH_FRAMES - 1) // PATCH_FRAMES * PATCH_FRAMES
+        return nn.functional.pad(features, (0, 0, 0, whole_frames - frames))
 
 
 class ExportGraph(nn.Module):
@@ -174,8 +176,8 @@ def export(
         "min_cosine" of the quantised tokens with PyTorch's.
 
     Raises:
-        ValueError: an unknown format, int8 for "pt2", no whole BAT model in the checkpoint, or the exported graph
-            computes something else; no file is left then.
+        ValueError: an unknown format, int8 for "pt2", no whole BAT model in the checkpoint, a torch older than 2.11
+            that cannot export it, or an exported graph that computes something else; no file is left then.
         OSError: no checkpoint, `out` exists, or it cannot be written.
         ImportError: the packages that write and run ONNX are missing.
     """
@@ -198,7 +200,17 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, _quiet():
         partial = Path(folder) / f"model.{format}"
         write = _write_onnx if format == "onnx" else _write_program
-        results = _compare(checks, write(model, processor, partial))
+        try:
+            run = write(model, processor, partial)
+        except OSError:
+            raise
+        except Exception as error:  # the exporters raise nearly everything
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"torch {torch.__version__} cannot export this model as {format} ({type(error).__name__}: {reason}). "
+                "Use torch 2.11 or newer."
+            ) from error
+        results = _compare(checks, run)
         if int8:
             float32, partial = partial, Path(folder) / "int8.onnx"
             results.update(_compare_tokens(checks, _write_int8(float32, partial)))
@@ -281,15 +293,8 @@ def _trace(model: BatPreTrainedModel, processor: BatAudioProcessor | None) -> to
         axes = {0: Dim("batch"), 1: Dim("samples", min=processor.n_fft // 2 + 1)}
     # Two clips a little longer than a chunk: a single one would be taken for a fixed batch of 1.
     example = _make_input(model, processor, 2, (config.chunk_time_patches + 1) * config.patch_size[0])
-    try:
-        with torch.no_grad():
-            return torch.export.export(graph, (example,), dynamic_shapes=(axes,), strict=False)
-    except Exception as error:  # nearly everything is raised here
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"torch {torch.__version__} cannot export this model ({type(error).__name__}: {reason}). Use torch 2.9 or "
-            "newer."
-        ) from error
+    with torch.no_grad():
+        return torch.export.export(graph, (example,), dynamic_shapes=(axes,), strict=False)
 
 
 def _write_program(model: BatPreTrainedModel, processor: BatAudioProcessor | None, path: Path) -> Callable:
