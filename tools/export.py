@@ -103,7 +103,7 @@ class ExportGraph(nn.Module):
             tokens, _, _, cls_tokens, patch_mix = self.encoder._encode_pass(rows, False, False, mix_patches)
 
         cls = tokens[:, 0].unflatten(0, (batch, chunks)).mean(dim=1)  # (B, D)
-        patches = tokens[:, 1:].reshape(batch, chunks * length * mel_patches, -1)[:, : time_patches * mel_patches]
+        patches = tokens[:, 1:].unflatten(0, (batch, chunks)).flatten(1, 2)[:, : time_patches * mel_patches]
         outputs = {"last_hidden_state": torch.cat([cls[:, None], patches], dim=1), "pooler_output": cls}
         if self.head is None:
             return outputs
@@ -159,8 +159,7 @@ def export(
     "onnx" is a single file of opset 18 with the input `input_features` or `waveform`. Its metadata tells `sample_rate`
     and, of a model with a head, `id2label` as JSON and `problem_type`. "pt2" is the program of torch.export, which
     runs wherever torch does: `torch.export.load("bat.pt2").module()(features)` gives a dict of the outputs. It is not a
-    package of AOTInductor, because that runs only on machines like the one that compiled it; one line makes one:
-    `torch._inductor.aoti_compile_and_package(torch.export.load("bat.pt2"), package_path="compiled.pt2")`.
+    package of AOTInductor, because that runs only on machines like the one that compiled it.
 
     Args:
         checkpoint: a model folder of `save_pretrained`, `convert` or `finetune`, or a Hub repository "namespace/name".
