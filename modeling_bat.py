@@ -411,7 +411,7 @@ class BatModel(BatPreTrainedModel):
         """Tokens that enter the first block: (B, 1, T, M) of at most one chunk -> (B, S, D)."""
         tokens = self.patch_embed(input_features)
         tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
-        return self.pre_norm(torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1))
+        return self.pre_norm(torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
     def _split_chunks(self, input_features: torch.Tensor) -> list[torch.Tensor]:
         """Cut (B, 1, T, M) along time into passes (B*C, 1, T', M), the chunks of each clip in a row.

@@ -1,4 +1,4 @@
-"""The command line `bat-audio`: fine-tune, convert and publish BAT models."""
+"""The command line `bat-audio`: fine-tune, convert, export and publish BAT models."""
 
 import functools
 import inspect
@@ -92,6 +92,25 @@ def convert(
 
     folder = convert(source, out, ema=ema, config=config, labels=labels, head_pooling=head_pooling, frames=frames)
     typer.echo(f"wrote {folder}")
+
+
+@command
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Model folder, or Hub repository namespace/name.")],
+    out: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
+    format: Annotated[str, typer.Option(help="onnx or pt2, a program of torch.export.")],
+    from_waveform: Annotated[bool, typer.Option("--from-waveform", help="Take 16 kHz samples, not features.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the blocks' linear layers (onnx).")] = False,
+):
+    """Export a model as one file, checked against PyTorch on fresh inputs.
+
+    bat-audio export my-model my-model.onnx --format onnx --from-waveform
+    """
+    from bat_audio.tools.export import export
+
+    for name, value in export(checkpoint, out, format=format, from_waveform=from_waveform, int8=int8).items():
+        typer.echo(f"{name}: {value:.4f}" if "cosine" in name else f"{name}: max difference {value:.1e}")
+    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 @command

@@ -124,7 +124,7 @@ def assemble(folder: Path, repository: Path, name: str) -> tuple[BatPreTrainedMo
     Raises:
         OSError, ValueError: as `publish`.
     """
-    model = _load_model(folder)
+    model = load_folder(folder)
     has_extractor = (folder / "preprocessor_config.json").is_file()
     if has_extractor:
         BatFeatureExtractor.from_pretrained(folder).save_pretrained(repository)
@@ -136,7 +136,7 @@ def assemble(folder: Path, repository: Path, name: str) -> tuple[BatPreTrainedMo
     return model, extractor
 
 
-def _load_model(folder: Path) -> BatPreTrainedModel:
+def load_folder(folder: Path) -> BatPreTrainedModel:
     """The model in a folder by its own class, in the dtype of its weights."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds a PEFT adapter. Merge it first (merge_and_unload) and save the merged model.")

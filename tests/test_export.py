@@ -1,0 +1,319 @@
+"""Export: the written files compute what the PyTorch model does, without this package, and nothing else is written."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import run_python, tiny_model
+from test_convert import HEADS, tiny_probe
+from typer.testing import CliRunner
+
+from bat_audio import BatAudioProcessor, BatModel
+from bat_audio.tools import export as export_module
+from bat_audio.tools.cli import app
+from bat_audio.tools.export import ExportGraph, FrontEnd, export
+
+# Clips and frames: one patch; not a multiple of 16; one whole chunk of 64; longer; two chunks and frames too many.
+SHAPES = [(1, 16), (2, 57), (1, 64), (3, 83), (2, 137)]
+
+
+def random_features(batch: int, frames: int) -> torch.Tensor:
+    return torch.rand(batch, 1, frames, 128, generator=torch.Generator().manual_seed(frames))
+
+
+def random_waveform(batch: int, frames: int) -> torch.Tensor:
+    """Noise that gives so many frames and fades by 120 dB, the last of several clips silent."""
+    noise = 2 * torch.rand(batch, 160 * frames - 7, generator=torch.Generator().manual_seed(frames)) - 1
+    noise[1:][-1:] = 0
+    return noise * torch.logspace(0, -6, noise.shape[1])
+
+
+def expected_outputs(model, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        encoded = (model if isinstance(model, BatModel) else model.bat)(features)
+        expected = {"last_hidden_state": encoded.last_hidden_state, "pooler_output": encoded.pooler_output}
+        return expected if isinstance(model, BatModel) else {"logits": model(features).logits, **expected}
+
+
+def assert_same(found: dict, expected: dict[str, torch.Tensor], tolerance: float = 1e-5):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(torch.as_tensor(found[name]), expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def exporter():
+    if torch.__version__.startswith(("2.6.", "2.7.", "2.8.", "2.9.", "2.10.")):
+        pytest.skip("exporting needs torch 2.11")
+
+
+@pytest.fixture(scope="module")
+def encoder(exporter, tmp_path_factory):
+    """An encoder, its ONNX file, and what `export` returned."""
+    folder = tmp_path_factory.mktemp("encoder")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    return model, folder / "bat.onnx", export(folder / "model", folder / "bat.onnx", format="onnx")
+
+
+@pytest.fixture(scope="module")
+def classifier(exporter, tmp_path_factory):
+    """A model with a head, its ONNX files of waveforms in float32 and int8, and what `export` returned for int8."""
+    folder = tmp_path_factory.mktemp("classifier")
+    model = tiny_probe(**HEADS["cgp"])
+    model.save_pretrained(folder / "model")
+    write_int8 = export_module._write_int8
+
+    def keep_float32(float32, path):
+        os.link(float32, folder / "float32.onnx")
+        return write_int8(float32, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_write_int8", keep_float32)
+        results = export(folder / "model", folder / "int8.onnx", format="onnx", from_waveform=True, int8=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["float32.onnx", "int8.onnx", "model"]
+    return model, folder / "float32.onnx", folder / "int8.onnx", results
+
+
+def run_onnx(path, inputs: torch.Tensor) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {session.get_inputs()[0].name: inputs.numpy()}), strict=True))
+
+
+# What the graph computes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("head", [None, *HEADS])
+def test_graph_equals_the_model(head, frames, shape):
+    model = tiny_model() if head is None else tiny_probe(frames=frames, **HEADS[head])
+    features = random_features(*shape)
+    with torch.inference_mode():
+        assert_same(ExportGraph(model, None)(features), expected_outputs(model, features))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("changes", [{}, {"n_fft": 512, "hop_length": 200, "top_db": 60.0}])
+def test_front_end_equals_the_processor(shape, changes):
+    processor = BatAudioProcessor(num_frames=None, **changes)
+    waveform = random_waveform(*shape)
+    torch.testing.assert_close(FrontEnd(processor)(waveform), processor(waveform), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [513, 2559, 2560])
+def test_front_end_of_hard_clips(samples):
+    processor = BatAudioProcessor(num_frames=None)
+    time = torch.arange(samples) / 16000
+    clips = {
+        "silence": torch.zeros(samples),
+        "offset": torch.full((samples,), 0.5),
+        "tone": (2 * torch.pi * 440 * time).sin(),
+        "click": torch.zeros(samples).index_fill(0, torch.tensor([300]), 1.0),
+        "quiet": 1e-5 * random_waveform(1, 17)[0, :samples],
+        "chirp": (2 * torch.pi * (50 + 4000 * time) * time).sin(),
+    }
+    waveform = torch.stack(list(clips.values()))
+    torch.testing.assert_close(FrontEnd(processor)(waveform), processor(waveform), rtol=0, atol=1e-4)
+
+
+# Files
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_onnx_equals_torch(encoder, shape):
+    model, path, results = encoder
+    features = random_features(*shape)
+    assert_same(run_onnx(path, features), expected_outputs(model, features))
+    assert results.keys() == {"last_hidden_state", "pooler_output"}
+    assert max(results.values()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_onnx_from_waveforms_equals_torch(classifier, shape):
+    model, float32, _, _ = classifier
+    waveform = random_waveform(*shape)
+    expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))
+    assert_same(run_onnx(float32, waveform), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_close(classifier, shape):
+    model, _, int8, results = classifier
+    waveform = random_waveform(*shape)
+    expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))["last_hidden_state"]
+    found = torch.from_numpy(run_onnx(int8, waveform)["last_hidden_state"])
+    cosines = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
+    assert 0.99 < cosines.min() < 0.999999
+    assert 0.99 < results["min_cosine"] <= results["mean_cosine"] < 0.999999
+    assert results["logits"] < 1e-4  # of the float32 graph
+
+
+def test_int8_quantises_the_blocks_alone(classifier):
+    _, float32, int8, _ = classifier
+    before, after = ([node.op_type for node in onnx.load(path).graph.node] for path in (float32, int8))
+    assert after.count("MatMulInteger") == 2 * 5  # two blocks of qkv, gate, proj, fc1, fc2
+    assert after.count("MatMul") == before.count("MatMul") + before.count("Gemm") - 2 * 5  # the head's Gemm is split
+    assert after.count("Conv") == before.count("Conv")
+
+
+def test_onnx_file_tells_what_it_is(classifier):
+    model, *paths, _ = classifier
+    for path in paths:
+        file = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(file)
+        assert [entry.version for entry in file.opset_import if entry.domain == ""] == [export_module.OPSET]
+        assert [tensor.name for tensor in file.graph.input] == ["waveform"]
+        assert [tensor.name for tensor in file.graph.output] == ["logits", "last_hidden_state", "pooler_output"]
+        metadata = {entry.key: entry.value for entry in file.metadata_props}
+        assert metadata["sample_rate"] == "16000"
+        assert json.loads(metadata["id2label"]) == {str(key): name for key, name in model.config.id2label.items()}
+        assert "BatForAudioClassification" in metadata["description"]
+
+
+RUN_WITHOUT_TORCH = """
+import sys
+import numpy as np
+import onnxruntime
+
+model, inputs, outputs = sys.argv[1:]
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+expected = np.load(outputs)
+found = session.run(list(expected), {"waveform": np.load(inputs)})
+for name, output in zip(expected, found, strict=True):
+    np.testing.assert_allclose(output, expected[name], rtol=0, atol=1e-4, err_msg=name)
+assert not {"torch", "transformers", "bat_audio"} & set(sys.modules), sys.modules.keys()
+print(*expected)
+"""
+
+
+@pytest.mark.slow
+def test_onnx_needs_onnxruntime_alone(classifier, tmp_path):
+    model, path, _, _ = classifier
+    waveform = random_waveform(2, 137)
+    expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))
+    np.save(tmp_path / "waveform.npy", waveform.numpy())
+    np.savez(tmp_path / "outputs.npz", **{name: tensor.numpy() for name, tensor in expected.items()})
+    arguments = (path, tmp_path / "waveform.npy", tmp_path / "outputs.npz")
+    assert run_python(RUN_WITHOUT_TORCH, *arguments).stdout.split() == list(expected)
+
+
+@pytest.mark.usefixtures("exporter")
+def test_pt2_equals_torch(tmp_path):
+    model = tiny_probe(frames=True, **HEADS["protobin"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    results = export(tmp_path / "model", tmp_path / "model.pt2", format="pt2", from_waveform=True)
+    assert max(results.values()) < 1e-4
+    metadata = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=metadata).module()
+    assert json.loads(metadata["metadata.json"])["sample_rate"] == "16000"
+    for shape in SHAPES:
+        waveform = random_waveform(*shape)
+        features = BatAudioProcessor(num_frames=None)(waveform)
+        with torch.inference_mode():
+            assert_same(program(waveform), expected_outputs(model.float(), features), tolerance=1e-4)
+
+
+# Refusals
+
+
+@pytest.fixture
+def refuses(tmp_path):
+    """A function that asserts that `export` of a tiny encoder raises and leaves the folder as it was."""
+    tiny_model().save_pretrained(tmp_path / "model")
+
+    def check(match, error=ValueError, checkpoint=tmp_path / "model", out=tmp_path / "out", format="pt2", **options):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(error, match=match):
+            export(checkpoint, out, format=format, **options)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
+
+
+def test_arguments_that_make_no_sense_are_refused(tmp_path, refuses):
+    refuses("format='tflite' is not known; expected 'onnx' or 'pt2'", format="tflite")
+    refuses("int8 is made with onnxruntime; leave it out for format='pt2'", int8=True)
+    refuses("exists; name another file", FileExistsError, out=tmp_path / "model")
+    refuses("there is no folder", FileNotFoundError, out=tmp_path / "no" / "out")
+    refuses("No weights at .*no such file", OSError, checkpoint=tmp_path / "nowhere")
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    refuses("is a file; expected a folder", checkpoint=tmp_path / "weights.safetensors")
+
+
+def test_missing_packages_are_named(refuses, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refuses("onnxscript.*pip install onnx onnxruntime onnxscript", ImportError, format="onnx")
+
+
+@pytest.mark.usefixtures("exporter")
+def test_graph_that_computes_something_else_is_refused(refuses, monkeypatch):
+    forward = ExportGraph.forward
+
+    def spoil(graph, inputs):
+        outputs = forward(graph, inputs)
+        return {**outputs, "pooler_output": 1.01 * outputs["pooler_output"]}
+
+    monkeypatch.setattr(ExportGraph, "forward", spoil)
+    refuses("computes something else .* pooler_output .* differs by")
+
+
+@pytest.mark.parametrize("spoil", [lambda x: 1.01 * x, lambda x: x * torch.nan, lambda x: x[:, 1:]])
+def test_difference_nan_and_another_shape_are_refused(refuses, monkeypatch, spoil):
+    def run(inputs):
+        outputs = expected_outputs(tiny_model(), inputs)
+        return {**outputs, "last_hidden_state": spoil(outputs["last_hidden_state"])}
+
+    monkeypatch.setattr(export_module, "_write_program", lambda *_: run)
+    refuses("computes something else .* last_hidden_state .* differs by")
+
+
+def test_int8_that_is_too_coarse_is_refused(refuses, monkeypatch):
+    def run(inputs):
+        return expected_outputs(tiny_model(), inputs)
+
+    def run_coarsely(inputs):
+        return {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in run(inputs).items()}
+
+    monkeypatch.setattr(export_module, "_write_onnx", lambda *_: run)
+    monkeypatch.setattr(export_module, "_write_int8", lambda *_: run_coarsely)
+    refuses("lose too much as int8: .* expected 0.995 and 0.98", format="onnx", int8=True)
+
+
+def test_graph_that_cannot_be_traced_is_refused(refuses, monkeypatch):
+    monkeypatch.setattr(ExportGraph, "forward", lambda graph, inputs: {"pooler_output": inputs[: int(inputs.sum())]})
+    refuses(r"torch \S+ cannot export")
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("stopped")])
+def test_interruption_leaves_nothing_behind(tmp_path, refuses, monkeypatch, error):
+    written = []
+
+    def fail(*_):
+        written.extend(file.name for file in tmp_path.rglob("model.pt2"))
+        raise error
+
+    monkeypatch.setattr(export_module, "_trace", lambda *_: torch.export.export(torch.nn.Identity(), (torch.zeros(1),)))
+    monkeypatch.setattr(export_module, "_compare", fail)
+    refuses(str(error), type(error))
+    assert written == ["model.pt2"]
+
+
+@pytest.mark.usefixtures("exporter")
+def test_command(tmp_path):
+    tiny_probe().save_pretrained(tmp_path / "model")
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "model.pt2"), "--format", "pt2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "logits: max difference" in result.output
+    assert f"wrote {tmp_path / 'model.pt2'}" in result.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "model.pt2 exists; name another file, or remove it first." in result.output
