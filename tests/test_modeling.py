@@ -190,6 +190,22 @@ def test_chunks_share_passes_of_bounded_size(batch, frames, expected):
     assert rows == expected
 
 
+@pytest.mark.parametrize(
+    ("batch", "frames", "expected"),
+    [(5, CHUNK, [2, 2, 1]), (1, 4 * CHUNK + 32, [2, 2, 1]), (5, CHUNK // 2, [4, 1]), (3, 16, [3])],
+)
+def test_inference_takes_a_few_clips_per_core(monkeypatch, batch, frames, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, rows = tiny_model(), []
+    features = random_features(batch, 1, frames, 128)
+    together = model(features, output_hidden_states=True, output_attentions=True)  # with a graph: all at once
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with torch.inference_mode():
+        output = model(features, output_hidden_states=True, output_attentions=True)
+    assert rows == expected
+    torch.testing.assert_close(output.to_tuple(), together.to_tuple(), **CLOSE)
+
+
 def test_attentions_of_long_inputs():
     model, features = tiny_model(max_chunks_per_pass=4), random_features(2, 1, 3 * CHUNK + 32, 128)
     attentions = model(features, output_attentions=True).attentions
