@@ -333,7 +333,7 @@ def _write_int8(float32: Path, path: Path) -> Callable:
         and node.input[1] in weights
         and any(".blocks." in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))
     ]
-    # Unsigned weights: CPUs without VNNI add products of signed ones in 16 bits, which overflow unless they have 7 bits.
+    # Unsigned weights: CPUs without VNNI add products of signed ones in 16 bits, which overflow unless of 7 bits.
     # That is a little faster but coarser: for one encoder's tokens a mean cosine of 0.987 instead of 0.997.
     quantize_dynamic(float32, path, nodes_to_quantize=linears, per_channel=True, weight_type=QuantType.QUInt8)
     return _onnx_runner(path)
