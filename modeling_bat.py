@@ -176,7 +176,7 @@ class BatDropPath(nn.Module):
         self.rate = rate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
+        if not self.training or self.rate == 0.0:
             return hidden_states
         scale = hidden_states.new_ones(hidden_states.shape[0], 1, 1)
         return hidden_states * nn.functional.dropout(scale, self.rate)
@@ -336,6 +336,37 @@ class BatPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
+class JoinedChunks:
+    """The tokens of a long input: the patches of its chunks in a row, the CLS tokens averaged over the chunks.
+
+    Each pass is written to its place as it comes, so that the tokens of a long input are never held twice.
+    """
+
+    def __init__(self, batch: int, num_tokens: int):
+        self.batch, self.num_tokens = batch, num_tokens
+        self.stop, self.layers, self.cls_tokens = 1, [], []
+
+    def add(self, layers: list[torch.Tensor]):
+        """The next pass, the tokens (B*C, S, D) of each layer with the chunks of each clip in a row."""
+        if layers[0].shape[:2] == (self.batch, self.num_tokens):  # the only one
+            self.layers = layers
+            return
+        if not self.layers:
+            self.layers = [tokens.new_empty(self.batch, self.num_tokens, tokens.shape[2]) for tokens in layers]
+        patches = [tokens[:, 1:].reshape(self.batch, -1, tokens.shape[2]) for tokens in layers]
+        start, self.stop = self.stop, self.stop + patches[0].shape[1]
+        for layer, part in zip(self.layers, patches, strict=True):
+            layer[:, start : self.stop] = part
+        self.cls_tokens.append([tokens[:, 0].unflatten(0, (self.batch, -1)).clone() for tokens in layers])  # (B, C, D)
+
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """The whole input's tokens (B, 1 + N, D) of each layer."""
+        if self.cls_tokens:
+            for layer, parts in zip(self.layers, zip(*self.cls_tokens, strict=True), strict=True):
+                layer[:, 0] = torch.cat(parts, dim=1).mean(dim=1)
+        return tuple(self.layers)
+
+
 class BatModel(BatPreTrainedModel):
     """The BAT encoder: log-mel features in, one CLS token and a picture of patch tokens out."""
 
@@ -439,29 +470,28 @@ class BatModel(BatPreTrainedModel):
         output_hidden_states: bool,
         output_attentions: bool,
         mix_patches: Callable[[torch.Tensor | None, int, torch.Tensor], torch.Tensor | None] | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         """Encode one pass (B*C, 1, T, M) and give what is asked for.
 
-        The last tokens; every layer's tokens; every block's attention weights; and, to mix the patch tokens block by
-        block as `BatHead.mix_patches` does, every block's CLS tokens and the mix. No more than one block's tokens live
-        at a time, unless they are asked for or in the graph of a training step.
+        The tokens of the last block, or of every layer; every block's attention weights; and, to mix the patch tokens
+        block by block as `BatHead.mix_patches` does, every block's CLS tokens and the mix. No more than one block's
+        tokens live at a time, unless they are asked for or in the graph of a training step.
         """
         hidden_states = self.embed(chunks)  # (B*C, S, D)
-        all_hidden_states = [hidden_states] if output_hidden_states else []
-        all_attentions, cls_tokens, patch_mix = [], [], None
+        all_hidden_states, all_attentions, cls_tokens, patch_mix = [], [], [], None
         for layer, block in enumerate(self.blocks):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             if self.gradient_checkpointing and self.training:
                 hidden_states, weights = self._gradient_checkpointing_func(block, hidden_states, output_attentions)
             else:
                 hidden_states, weights = block(hidden_states, output_attentions)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
             if output_attentions:
                 all_attentions.append(weights)
             if mix_patches is not None:
                 cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
                 patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
-        return hidden_states, all_hidden_states, all_attentions, cls_tokens, patch_mix
+        return [*all_hidden_states, hidden_states], all_attentions, cls_tokens, patch_mix
 
     def _encode_in_cache(self, chunks: torch.Tensor, *options):
         """`_encode_pass`, for inference on a CPU with a few rows at a time.
@@ -475,17 +505,9 @@ class BatModel(BatPreTrainedModel):
         parts = [self._encode_pass(part, *options) for part in chunks.split(rows)]
         if len(parts) == 1:
             return parts[0]
-        tokens, *layers, patch_mixes = zip(*parts, strict=True)
+        *layers, patch_mixes = zip(*parts, strict=True)
         joined = ([torch.cat(layer) for layer in zip(*part, strict=True)] for part in layers)
-        return torch.cat(tokens), *joined, None if patch_mixes[0] is None else torch.cat(patch_mixes)
-
-    def _merge_chunks(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
-        """Join the tokens of all passes [(B*C, S, D)]: CLS averaged over chunks, patches in a row (B, 1 + N, D)."""
-        if len(passes) == 1 and len(passes[0]) == batch:
-            return passes[0]
-        cls_tokens = torch.cat([tokens[:, 0].unflatten(0, (batch, -1)) for tokens in passes], dim=1)  # (B, C, D)
-        patches = [tokens[:, 1:].reshape(batch, -1, tokens.shape[-1]) for tokens in passes]
-        return torch.cat([cls_tokens.mean(dim=1, keepdim=True), *patches], dim=1)
+        return *joined, None if patch_mixes[0] is None else torch.cat(patch_mixes)
 
     def _merge_attentions(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
         """Join the attention weights of all passes [(B*C, H, S, S)], the last one padded, into (B*C, H, S, S)."""
@@ -516,22 +538,23 @@ class BatModel(BatPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         batch = features.shape[0]
+        num_tokens = 1 + features.shape[2] // self.config.patch_size[0] * self.config.grid_size[1]
         is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         mixes_again = head is not None and is_checkpointed and self.is_frozen and not features.requires_grad
-        passes = []
+        chunks_joined, passes_rest = JoinedChunks(batch, num_tokens), []
         for chunks in self._split_chunks(features):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
-                outputs = self._encode_in_cache(
+                layers, *rest = self._encode_in_cache(
                     chunks, output_hidden_states, output_attentions, None if head is None else head.mix_patches
                 )
-            if mixes_again and head.mixes_blocks and outputs[-1] is not None:
+            if mixes_again and head.mixes_blocks and rest[-1] is not None:
                 encode_again = functools.partial(self._encode_pass, chunks, False, False)
-                outputs = *outputs[:-1], MixingAgain.apply(outputs[-1], head.block_attention, head, encode_again)
-            passes.append(outputs)
-        last, hidden_states, attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)
-        last_hidden_state = self._merge_chunks(last, batch)
-        if output_hidden_states:
-            all_hidden_states = tuple(self._merge_chunks(layer, batch) for layer in zip(*hidden_states, strict=True))
+                rest[-1] = MixingAgain.apply(rest[-1], head.block_attention, head, encode_again)
+            passes_rest.append(rest)
+            chunks_joined.add(layers)
+        all_hidden_states = chunks_joined.finish()
+        last_hidden_state = all_hidden_states[-1]
+        attentions, cls_tokens, patch_mixes = zip(*passes_rest, strict=True)
         if output_attentions:
             all_attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
         output = BatModelOutput(

@@ -100,7 +100,7 @@ class ExportGraph(nn.Module):
         is_token = nn.functional.pad(is_patch, (1, 0), value=True)  # (C, S), CLS first
         with _masked_attention(config, is_token.repeat(batch, 1)[:, None, None]):
             mix_patches = None if self.head is None else self.head.mix_patches
-            tokens, _, _, cls_tokens, patch_mix = self.encoder._encode_pass(rows, False, False, mix_patches)
+            (tokens,), _, cls_tokens, patch_mix = self.encoder._encode_pass(rows, False, False, mix_patches)
 
         cls = tokens[:, 0].unflatten(0, (batch, chunks)).mean(dim=1)  # (B, D)
         patches = tokens[:, 1:].unflatten(0, (batch, chunks)).flatten(1, 2)[:, : time_patches * mel_patches]
