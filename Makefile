@@ -21,6 +21,9 @@ fast: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(VENV)/bin/python -m tox run
 
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -32,4 +35,4 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
 	touch $@
 
-.PHONY: demo test fast matrix lint
+.PHONY: demo test fast matrix bench lint

@@ -12,6 +12,7 @@ Works beside the other files of the repository (a folder on sys.path, a Hub snap
 import argparse
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ HUB_COMMIT = "175109327540c72f4b678b149e7cfaf0ee45d3e9"
 HERE = Path(__file__).parent  # not resolved: the files of a Hub snapshot are links into another folder
 # A plain folder is remote code to Transformers; the installed package has registered its classes.
 AUTO_OPTIONS = {"trust_remote_code": not __package__}
+CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++", "cl")  # that torch.compile looks for
 UNTRAINED_NOTICE = "UNTRAINED: this encoder has random weights. Its numbers mean nothing."
 
 SAVE_HELP = "also write the float32 tensors FILE:last_hidden_state (tokens, width) and FILE:pooler_output (width,) here"
@@ -43,6 +45,8 @@ def load_pretrained_encoder(
     checkpoint: str | Path | None = None,
     revision: str | None = None,
     untrained: bool = False,
+    compile: bool = False,
+    quantization: str | None = None,
     **kwargs,
 ):
     """The BAT encoder with pretrained weights, in eval mode.
@@ -59,16 +63,25 @@ def load_pretrained_encoder(
         revision: commit, branch or tag on the Hub; by default a pinned commit of the published release, "main" of
             another repository.
         untrained: random weights instead, for trying things out; they are announced by a warning.
+        compile: compile the blocks on their first call, one for all, for faster inference and training.
+        quantization: "int8" for the blocks' linear layers with 8-bit weights (per output channel) and inputs (per
+            token), by torchao; for inference, and fast only together with `compile`.
         **kwargs: more options for `BatModel.from_pretrained`, for example `attn_implementation` or `strict`.
 
     Raises:
-        OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do.
-        ValueError: no such device or dtype, or the checkpoint does not hold exactly a BAT encoder.
+        OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do. Or
+            there is no compiler for `compile`.
+        ValueError: no such device, dtype or quantization, a machine that has no use for it, or a checkpoint that does
+            not hold exactly a BAT encoder.
+        ImportError: torchao is missing.
     """
     if untrained and (checkpoint is not None or revision is not None):
         raise ValueError("untrained=True takes no checkpoint and no revision: there are no weights to load.")
     if device is not None:
         _check_device(device)
+    if compile:
+        _check_compiler(device)
+    quantization_config = None if quantization is None else _quantization_config(quantization, device)
     dtype = torch.float32 if dtype is None else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f'dtype={dtype!r} is not a floating-point type of torch, such as "float32" or "bfloat16".')
@@ -93,7 +106,15 @@ def load_pretrained_encoder(
             )
         except SafetensorError as error:
             raise OSError(f"{weights} is not a whole safetensors file ({error}). Copy or download it again.") from error
-    return (model if device is None else model.to(device)).eval()
+    model = (model if device is None else model.to(device)).eval()
+    if quantization_config is not None:
+        from torchao.quantization import quantize_
+
+        quantize_(model.blocks, quantization_config)
+    if compile:
+        for block in model.blocks:  # the same code, so that the first one's graph serves all
+            block.compile()
+    return model
 
 
 def load_audio_processor(device: str | torch.device | None = None, num_frames: int | None = 1024):
@@ -119,6 +140,36 @@ def _check_device(device: str | torch.device):
             f"device={str(device)!r} is not there: {str(error).splitlines()[0]} (torch {torch.__version__}, "
             f"{torch.cuda.device_count()} CUDA devices). Use device='cpu' or install a torch build for this machine."
         ) from error
+
+
+def _check_compiler(device: str | torch.device | None):
+    """An OSError where blocks for the CPU cannot be compiled; else it would come with the first clip, and be long."""
+    if torch.device(device or "cpu").type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
+        raise OSError(
+            f"compile=True needs a C++ compiler on a CPU, and none of {', '.join(CXX_COMPILERS)} is there. Install one "
+            "(for example apt install g++), or leave compile out."
+        )
+
+
+def _quantization_config(quantization: str, device: str | torch.device | None):
+    """torchao's config; errors as in `load_pretrained_encoder`."""
+    if quantization != "int8":
+        raise ValueError(f'quantization={quantization!r} is not known; expected "int8" or None.')
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+        from torchao.utils import should_reduce_range
+    except ImportError as error:
+        raise ImportError(f'quantization="int8" needs torchao 0.18 or newer ({error}): pip install torchao') from error
+    device = torch.device(device or "cpu")
+    if device.type not in ("cpu", "cuda"):
+        reason = f"there is no 8-bit matrix product for {device.type}"
+    elif device.type == "cpu" and should_reduce_range(device):
+        reason = "this CPU lacks the instructions VNNI, without which 8 bits are slower than 32"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)  # which would hold for other models too
+    raise ValueError(f'quantization="int8" is of no use here: {reason}. Use dtype="bfloat16" or compile=True instead.')
 
 
 def find_weights(checkpoint: str | Path | None = None, revision: str | None = None) -> Path:

@@ -816,7 +816,7 @@ class BatForClassification(BatPreTrainedModel):
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss over the clips of logits (B, classes) or (B, t, classes), in float32; a clip's is its steps' mean.
 
-        Labels and errors as in `forward`.
+        Labels and errors as in `forward`; 0 where nothing has a label.
         """
         if self.config.problem_type is None:
             multi_label = labels.is_floating_point() or labels.ndim == logits.ndim
@@ -827,7 +827,7 @@ class BatForClassification(BatPreTrainedModel):
         logits = logits.float()
         if labels.shape == logits.shape:  # a probability per class
             is_kept = (labels != IGNORED_LABEL).all(dim=-1)
-            labels = labels.float().clamp_min(0)
+            labels = labels.float().masked_fill(labels == IGNORED_LABEL, 0)
             if is_single_label:
                 loss = -(labels * logits.log_softmax(dim=-1)).sum(dim=-1)
             elif self.config.multi_label_loss == "asymmetric":
@@ -846,7 +846,7 @@ class BatForClassification(BatPreTrainedModel):
         # Over the steps of each clip, then over the clips, so that equal parts of a batch have equal weight.
         loss, is_kept = loss.reshape(len(loss), -1), is_kept.reshape(len(loss), -1)
         loss = (loss * is_kept).sum(dim=1) / is_kept.sum(dim=1).clamp_min(1)  # (B,)
-        return loss.sum() / is_kept.any(dim=1).sum()
+        return loss.sum() / is_kept.any(dim=1).sum().clamp_min(1)
 
 
 class BatForAudioClassification(BatForClassification):
@@ -914,7 +914,7 @@ class BatForAudioFrameClassification(BatForClassification):
             found = [
                 {
                     "onset": first * step,
-                    "offset": min(end * step, duration),
+                    "offset": min(end * step, float(duration)),
                     "label": self.config.id2label[label],
                     "score": scores[label, first:end].mean().item(),
                 }

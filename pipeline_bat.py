@@ -163,7 +163,11 @@ class BatAudioClassificationPipeline(BatAudioPipeline, AudioClassificationPipeli
 
     As Transformers' pipeline, except for the clips that it takes, see `BatAudioPipeline`, and for the default of
     `function_to_apply`: "sigmoid" for multi-label models on every version of Transformers.
+    Without `top_k`, all classes.
     """
+
+    def __init__(self, *args, top_k: int | None = None, **kwargs):
+        super().__init__(*args, top_k=top_k, **kwargs)
 
     def check_model_type(self, supported_models):
         """Refuse a frame-wise model, whose logits have one axis more; the list knows no remote models."""
@@ -175,8 +179,11 @@ class BatAudioClassificationPipeline(BatAudioPipeline, AudioClassificationPipeli
 
     def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**options)
+        # Transformers puts defaults here, which would replace what was chosen when the pipeline was made.
+        for name in postprocess.keys() - options.keys():
+            del postprocess[name]
         if options.get("function_to_apply") is None:
-            postprocess.pop("function_to_apply", None)  # Transformers 4: softmax, over what was chosen at the start too
+            postprocess.pop("function_to_apply", None)
         return preprocess, forward, postprocess
 
     def _forward(self, model_inputs: dict[str, torch.Tensor]) -> ModelOutput:
@@ -184,8 +191,10 @@ class BatAudioClassificationPipeline(BatAudioPipeline, AudioClassificationPipeli
         return ModelOutput(logits=torch.stack(logits))
 
     def postprocess(
-        self, model_outputs: ModelOutput, top_k: int = 5, function_to_apply: str | None = None
+        self, model_outputs: ModelOutput, top_k: int | None = None, function_to_apply: str | None = None
     ) -> list[dict[str, float | str]]:
         if function_to_apply is None:
             function_to_apply = SCORE_FUNCTIONS.get(self.model.config.problem_type, "softmax")
+        if top_k is None:
+            top_k = self.model.config.num_labels
         return super().postprocess(model_outputs, top_k=top_k, function_to_apply=function_to_apply)

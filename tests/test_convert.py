@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def trainer_file(encoder: dict, ema_encoder: dict) -> dict:
         "decoder": {"mask_token": torch.zeros(1, 1, 32)},
         "ema_encoder": ema_encoder,
         "optimized_steps": 400000,
-        "args": argparse.Namespace(lr=5e-4, betas=[0.9, 0.95], data="as2m", seed=None, nested=argparse.Namespace(a=1)),
+        "args": argparse.Namespace(lr=5e-4, betas=[0.9, 0.95], data=Path("as2m"), nested=argparse.Namespace(seed=None)),
     }
 
 
@@ -388,7 +389,8 @@ def test_unknown_pooling_is_refused(tmp_path, refuses):
             {"head__fc__bias": torch.tensor([0, torch.inf, 0]), "pos_embed": torch.full((1, 600, 32), -torch.inf)},
             ["NaN or infinite values in pos_embed, head.fc.bias"],
         ),
-        ({"head__fc__bias": torch.zeros(3).long(), "epoch": 3}, ["not floating-point tensors: head.fc.bias, epoch"]),
+        ({"head__fc__bias": torch.zeros(3).long(), "epoch": 3}, ["dense floating-point tensors: head.fc.bias, epoch"]),
+        ({"head__fc__bias": torch.ones(3).to_sparse()}, ["not dense floating-point tensors: head.fc.bias"]),
         ({"head__group_scale": torch.zeros(3)}, ["its head holds head.group_scale", "linear_cgp"]),
     ],
 )
@@ -397,6 +399,15 @@ def test_weights_that_do_not_fit_are_listed(tmp_path, refuses, changes, messages
     message = refuses(source, "probe.pt: ")
     for part in messages:
         assert part in message
+
+
+def test_head_beside_the_encoder_is_converted_too(tmp_path):
+    model = tiny_probe(head_type="linear")
+    weights = authors_weights(model)
+    head = {name.removeprefix("head."): weights.pop(name) for name in list(weights) if name.startswith("head.")}
+    source = write(tmp_path / "probe.pt", {"encoder": weights, "head": head})
+    converted = load_file(convert(source, tmp_path / "out", config=model.config) / "model.safetensors")
+    assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["encoder", "bare", "student"])
@@ -468,10 +479,10 @@ def test_plain_pickle_that_wants_to_run_code_is_refused(tmp_path, refuses):
         assert not (tmp_path / "made").exists()
 
 
-def test_only_plain_namespaces_are_let_through(tmp_path, refuses):
+def test_only_namespaces_and_paths_are_let_through(tmp_path, refuses):
     contents = trainer_file(authors_weights(tiny_model()), {})
-    contents["args"].output = Path("runs")
-    refuses(write(tmp_path / "a.pt", contents), r"wants to use pathlib\S*Path, which")
+    contents["args"].generator = random.Random(0)
+    refuses(write(tmp_path / "a.pt", contents), r"wants to use random\.Random, which")
     with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):  # nowhere else
         torch.load(write(tmp_path / "b.pt", argparse.Namespace(a=1)), weights_only=True)
 

@@ -279,6 +279,15 @@ def test_frames_without_label_do_not_count(problem):
     torch.testing.assert_close(loss, sum(clips) / 2)
 
 
+@pytest.mark.parametrize("labels", [torch.full((2, 4), -100), torch.full((2, 4, 3), -100.0)])
+def test_batch_without_labels_has_no_loss_and_no_gradient(labels):
+    model = head_model(BatForAudioFrameClassification)
+    loss = model(features_of(), labels=labels).loss
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad is None or not p.grad.any()) for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("labels", "problem_type"),
     [
@@ -360,6 +369,12 @@ def test_events_of_padded_clips_equal_those_of_each_alone(seed, median_frames, d
         alone = EVENTS_MODEL.decode_events(clip[None, : math.ceil(duration / 0.16 - 1e-6)], 0.5, median_frames)[0]
         ends = [{"offset": min(e["offset"], duration), "score": pytest.approx(e["score"], rel=1e-5)} for e in alone]
         assert events == [{**event, **end} for event, end in zip(alone, ends, strict=True)]
+
+
+def test_durations_may_be_a_tensor():
+    (event,) = EVENTS_MODEL.decode_events(torch.tensor([[[5.0, -5, -5]] * 4]), durations=torch.tensor([0.5]))[0]
+    assert type(event["offset"]) is float
+    assert event["offset"] == 0.5
 
 
 def test_wrong_event_arguments_are_refused():

@@ -86,3 +86,11 @@ def test_hub_repository(tmp_path, plain_folder):
         run_snippets(AUTO_MODEL + WEIGHTS, hub.repo_id, tmp_path, **environment)
         assert hub.fetched.count("model.safetensors") == 1
         assert "load_model.py" not in hub.fetched
+
+
+def test_program_without_its_extra_says_what_to_install(installed_folder):
+    code = "import sys; sys.modules['typer'] = None; from bat_audio.tools import main; main()"
+    result = run_python(code, PYTHONPATH=installed_folder, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: bat-audio needs more packages")
+    assert "pip install 'bat-audio[train]'" in result.stderr

@@ -184,6 +184,9 @@ def test_scores_by_hand(problem_type, function):
     assert as_dict(scores) == pytest.approx(expected[function], rel=1e-5)
     assert scores == sorted(scores, key=lambda entry: -entry["score"])
     assert pipe(waveform, top_k=2) == scores[:2]
+    chosen_at_the_start = classifier(problem_type=problem_type, top_k=2)
+    assert chosen_at_the_start(waveform) == scores[:2]
+    assert chosen_at_the_start(waveform, top_k=None) == scores
     for choice in functions:
         assert as_dict(pipe(waveform, function_to_apply=choice)) == pytest.approx(expected[choice], rel=1e-5)
         chosen_at_the_start = classifier(problem_type=problem_type, function_to_apply=choice)

@@ -1,1 +1,12 @@
-"""Tools around BAT that a Hub snapshot does not need."""
+"""What a Hub snapshot does not need: training, conversion, export and publishing; see `bat_audio.tools.cli`."""
+
+import sys
+
+
+def main():
+    """The program `bat-audio`, which is installed without the libraries of the extra `train` too."""
+    try:
+        from bat_audio.tools.cli import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: bat-audio needs more packages ({error}): pip install 'bat-audio[train]'")
+    app(prog_name="bat-audio")

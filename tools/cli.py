@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -131,9 +130,5 @@ def publish(
     typer.echo("nothing was uploaded (dry run)" if dry_run else f"published {url}")
 
 
-def main():
-    app(prog_name="bat-audio")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    app(prog_name="bat-audio")

@@ -7,6 +7,7 @@ import argparse
 import copy
 import math
 import os
+import pathlib
 import pickle
 import re
 import tempfile
@@ -105,8 +106,8 @@ def _read_checkpoint(source: Path) -> Mapping:
     try:
         if source.suffix == ".safetensors":
             return load_file(source)
-        # The newer trainer keeps its command line, an object that only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The newer trainer keeps its command line: these classes only hold values.
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]):
             contents = torch.load(source, weights_only=True, map_location="cpu")
     except SafetensorError as error:
         raise OSError(f"{source} is not a whole safetensors file ({error}). Copy or download it again.") from error
@@ -132,8 +133,11 @@ def _select_weights(contents: Mapping, ema: bool) -> dict:
     """The entries of encoder and head, under the encoder's bare names and `head.*`."""
     weights = contents.get("state_dict", contents)
     if isinstance(weights, Mapping) and isinstance(weights.get("encoder"), Mapping):
-        weights = weights.get("ema_encoder") if ema else weights["encoder"]
+        parts = weights
+        weights = parts.get("ema_encoder") if ema else parts["encoder"]
         ema = ema and weights is None
+        if isinstance(weights, Mapping) and isinstance(parts.get("head"), Mapping):
+            weights = {**weights, **{f"{HEAD_PREFIX}{name}": value for name, value in parts["head"].items()}}
     if ema:
         raise ValueError('it holds no "ema_encoder"; leave ema=True (--ema) out.')
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
@@ -159,11 +163,15 @@ def _has_head(weights: Mapping) -> bool:
 
 def _check_tensors(weights: dict) -> dict[str, torch.Tensor]:
     """The weights in one dtype, each with memory of its own, if all are finite and the telling ones are there."""
-    foreign = [name for name, value in weights.items() if getattr(value, "dtype", None) not in DTYPES]
+    foreign = [
+        name
+        for name, value in weights.items()
+        if not (isinstance(value, torch.Tensor) and value.dtype in DTYPES and value.layout is torch.strided)
+    ]
     if foreign:
         raise ValueError(
-            f"not floating-point tensors: {', '.join(foreign)}. Expected are the weights themselves, or a dict with "
-            'them under "state_dict", "encoder" or "ema_encoder".'
+            f"not dense floating-point tensors: {', '.join(foreign)}. Expected are the weights themselves, or a dict "
+            'with them under "state_dict", "encoder" or "ema_encoder".'
         )
     required = set(ENCODER_AXES) | {"head.fc.weight"} if _has_head(weights) else set(ENCODER_AXES)
     missing = sorted(required - weights.keys())
