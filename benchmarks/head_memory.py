@@ -8,13 +8,16 @@ GPU, else the growth of the process. The weights are random, which memory does n
 
 import argparse
 import platform
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from bat_audio import BatConfig, BatForAudioClassification
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # when this file is run by its name
+from benchmarks.harness import peak_growth
 
 CASES = {
     "inference, block by block": "streamed",
@@ -43,10 +46,13 @@ def main():
         print(f"{name:40s} {peak / 1e6:7.0f} MB = {peak / copy:5.1f} copies of one block's tokens")
 
 
-def peak_bytes(case: str, batch: int) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def peak_bytes(case: str, batch: int, folder: str | None = None, device: str | None = None) -> int:
+    """Bytes of one of the cases beyond the model and its input; `folder` has the config of another size."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = BatForAudioClassification(BatConfig(head_type="cgp", num_labels=50)).to(device).train("probe" in case)
+    config = BatConfig() if folder is None else BatConfig.from_pretrained(folder)
+    config.head_type, config.num_labels = "cgp", 50
+    model = BatForAudioClassification(config).to(device).train("probe" in case)
     model.freeze_base_model()
     if case == "probe checkpointed":
         model.gradient_checkpointing_enable()
@@ -65,17 +71,7 @@ def peak_bytes(case: str, batch: int) -> int:
             loss.backward()
 
     step(1)  # allocates what does not depend on the batch, gradients included
-    before = _peak(device)
-    step(batch)
-    return _peak(device) - before
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_growth(lambda: step(batch), device)
 
 
 if __name__ == "__main__":

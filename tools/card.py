@@ -104,6 +104,7 @@ def write_card(
     name: str | None = None,
     base_model: str | Path | None = None,
     dataset: str | Path | None = None,
+    evaluation: str | None = None,
     metrics: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     log_history: Sequence[Mapping[str, float]] | None = None,
@@ -119,6 +120,7 @@ def write_card(
         name: of the model; None for the folder's.
         base_model: what training started from: a Hub repository, a path, or a name.
         dataset: what it was trained on: a Hub dataset, a path, or a name.
+        evaluation: the data that the metrics were measured on and that chose the best of the checkpoints evaluated.
         metrics: values measured on the evaluation data, with or without Trainer's "eval_" in front.
         settings: of the training, for a table.
         log_history: as in Trainer's `state.log_history`, for plots/loss.png.
@@ -131,17 +133,19 @@ def write_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Save the model there first (model.save_pretrained).")
-    name = _one_line(name or _public(folder))
+    name = _one_line(name or public_name(folder))
     metrics = _plain_metrics(metrics or {})
     figures = {}
     if any("loss" in entry or "eval_loss" in entry for entry in log_history or ()):
         figures[LOSS_PLOT] = loss_figure(log_history)
     if model.head.block_attention is not None:
         figures[BLOCKS_PLOT] = block_weights_figure(model.head.block_attention)
-    metadata = _metadata(name, base_model, dataset, metrics)
+    metadata = _metadata(name, base_model, dataset, evaluation, metrics)
     if model.head.per_frame:  # the Hub would print a pipeline call that fails
         metadata.pipeline_tag = None
-    body = _body(model, name, base_model, dataset, metrics, settings or {}, num_clips, set(figures))
+    checkpoints = len({entry["step"] for entry in log_history or () if "eval_loss" in entry})
+    measured = _measured(evaluation, checkpoints)
+    body = _body(model, name, base_model, dataset, measured, metrics, settings or {}, num_clips, set(figures))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".card.") as partial:
         (Path(partial) / "plots").mkdir()
         for file, figure in figures.items():
@@ -224,10 +228,25 @@ def _metric_name(key: str) -> str:
     return METRIC_NAMES.get(key, key)
 
 
+def _measured(evaluation: str | None, checkpoints: int) -> str:
+    """On what the metrics were measured, and what that is worth."""
+    if evaluation is None:
+        return "Measured on data that this card does not name."
+    chosen = (
+        f" The model is the best of {checkpoints} checkpoints on these same clips, so on new ones expect a little less."
+    )
+    data = _reference(evaluation, "https://huggingface.co/datasets/")
+    return f"Measured on {data}.{chosen if checkpoints > 1 else ''}"
+
+
 def _metadata(
-    name: str, base_model: str | Path | None, dataset: str | Path | None, metrics: dict[str, float]
+    name: str,
+    base_model: str | Path | None,
+    dataset: str | Path | None,
+    evaluation: str | None,
+    metrics: dict[str, float],
 ) -> ModelCardData:
-    evaluated_on = "unknown" if dataset is None else _public(dataset)  # the Hub wants a name
+    evaluated_on = "unknown" if evaluation is None else public_name(evaluation)  # the Hub wants a name
     results = [
         EvalResult(
             task_type="audio-classification",
@@ -258,6 +277,7 @@ def _body(
     name: str,
     base_model: str | Path | None,
     dataset: str | Path | None,
+    measured: str,
     metrics: dict[str, float],
     settings: Mapping[str, Any],
     num_clips: int | None,
@@ -294,11 +314,11 @@ def _body(
     ]
     if metrics:
         rows = ((_metric_name(key), f"{value:.4f}") for key, value in metrics.items())
-        sections += ["## Evaluation", "Measured on the evaluation data.", _table(("Metric", "Value"), rows)]
+        sections += ["## Evaluation", measured, _table(("Metric", "Value"), rows)]
     if settings or plots:
         sections.append("## Training")
     if settings:
-        sections.append(_table(("Setting", "Value"), ((key, _public(value)) for key, value in settings.items())))
+        sections.append(_table(("Setting", "Value"), ((key, public_name(value)) for key, value in settings.items())))
     sections += [f"![{caption}]({file})" for file, caption in CAPTIONS.items() if file in plots]
     sections += [
         "## Limitations",
@@ -350,10 +370,10 @@ def _hub_id(value: Any) -> str | None:
     return value
 
 
-def _public(value: Any) -> str:
+def public_name(value: Any) -> str:
     """What a card may tell of a setting: of a path the last part, without the folders of one's own machine."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_public, value))
+        return ", ".join(map(public_name, value))
     if not isinstance(value, str | Path | int | float | None):
         return type(value).__name__  # such as a dataset in memory
     text = str(value)
@@ -367,4 +387,4 @@ def _reference(value: Any, host: str) -> str:
     """A link to the Hub, or the bare name; nothing for None."""
     if value is None:
         return ""
-    return f"[{_escape(value)}]({host}{value})" if _hub_id(value) else _escape(_public(value))
+    return f"[{_escape(value)}]({host}{value})" if _hub_id(value) else _escape(public_name(value))

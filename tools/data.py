@@ -10,21 +10,29 @@ import importlib
 import io
 import math
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HTTPError
 from torch import nn
+from transformers.utils import logging
 
 from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, fit_frames
 
-SOUND_SUFFIXES = (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav")
+# Of files that libsndfile knows by their content, besides the names of its formats.
+OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".mp3", ".oga", ".opus", ".sf", ".snd", ".sph"}
+MANIFEST_SUFFIXES = (".csv", ".parquet")
 MANIFEST_COLUMNS = ("path", "labels", "label", "start", "duration", "onset", "offset")
 IGNORED_STEP = -100.0  # target of the steps behind a clip's end, which the frame-wise loss leaves out
 TIME_TOLERANCE = 1e-6  # s; times that were stored as float32 are off by less
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +81,13 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
     Args:
         source: one of
 
-            - a folder of class folders, FOLDER/label/**/*.wav, with files of any of `SOUND_SUFFIXES`; hidden files
-              are left out;
+            - a folder of class folders, FOLDER/label/**/*.wav, with files of any format that libsndfile reads; hidden
+              files are left out, and other files with a warning;
             - a CSV (commas, UTF-8) or Parquet file with the columns `path` (relative to the file's own folder) and
               `labels`, and optionally `start` and `duration` in seconds. Rows about the same part of a sound file are
               one clip with the labels of all of them;
-            - a `datasets.Dataset` or `DatasetDict`, or a folder written by its save_to_disk, with the columns `audio`
-              and `labels`, and optionally `start` and `duration`.
+            - a `datasets.Dataset` or `DatasetDict`, a folder written by its save_to_disk, or the name of one on the
+              Hub, with the columns `audio` and `labels`, and optionally `start` and `duration`.
 
             The column `labels`, or else `label`, holds text (several labels are separated by ";"), class numbers, a
             list of these, or nothing for a clip without labels.
@@ -91,14 +99,16 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
 
     Raises:
         ValueError: missing columns or sounds, wrong times or labels; the message names file, row and column.
-        FileNotFoundError: the source, or a sound file that it names, is not there.
-        ImportError: pyarrow or datasets is needed and missing.
+        OSError: the source, or a sound file that it names, is not there.
+        ImportError: pyarrow, datasets or soundfile is needed and missing.
     """
     name = "the dataset"
     if isinstance(source, str | Path):
         name, path = str(source), Path(source)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            source = _optional("datasets").load_from_disk(name)
+            source = require("datasets").load_from_disk(name)
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix not in MANIFEST_SUFFIXES and not path.exists():
+            source = _load_from_hub(name)
         elif split is not None:
             raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
         elif path.is_dir():
@@ -134,25 +144,37 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
 
 
 def _folder_examples(folder: Path) -> list[Example]:
+    suffixes = {f".{name.lower()}" for name in require("soundfile").available_formats()} | OTHER_SUFFIXES
+    suffixes -= {".raw"}  # which has no header to tell what is in it
+
+    def is_sound(path: Path) -> bool:
+        return path.suffix.lower() in suffixes
+
     paths = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    examples, strange = [], [path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and path.is_file()]
+    stray = [path for path in paths if is_sound(path) and path.is_file()]
+    if stray:
+        raise ValueError(
+            f"{folder}: {len(stray)} sounds lie in no class folder: {_some(stray)}. Expected FOLDER/label/sound: move "
+            "them into the folder of their class, or elsewhere."
+        )
+    examples, skipped = [], []
     for class_folder in filter(Path.is_dir, paths):
         files = []
         for parent, subfolders, names in os.walk(class_folder, followlinks=True):
             subfolders[:] = [name for name in subfolders if name[0] != "."]
             files += [Path(parent, name) for name in names if name[0] != "."]
-        if not files:
-            raise ValueError(f"{class_folder}: no sound file in this class folder; fill it or remove it.")
-        strange += [file for file in files if file.suffix.lower() not in SOUND_SUFFIXES]
-        examples += [Example(str(file), (class_folder.name,)) for file in sorted(files)]
-    if strange:
-        raise ValueError(
-            f"{folder}: {len(strange)} files lie in no class folder or are no sounds that can be read: "
-            f"{_some(sorted(strange))}. Expected FOLDER/label/sound with a sound of {' '.join(SOUND_SUFFIXES)}: "
-            "convert them, or move them elsewhere."
-        )
+        sounds = sorted(filter(is_sound, files))
+        if not sounds:
+            raise ValueError(
+                f"{class_folder}: no sound file in this class folder that can be read ({' '.join(sorted(suffixes))}); "
+                "fill it or remove it."
+            )
+        skipped += sorted(set(files) - set(sounds))
+        examples += [Example(str(file), (class_folder.name,)) for file in sounds]
     if not examples:
         raise ValueError(f"{folder}: no class folders in it; expected FOLDER/label/sound.wav.")
+    if skipped:
+        logger.warning(f"{folder}: {len(skipped)} files are left out that are no sounds by name (first: {skipped[0]}).")
     return examples
 
 
@@ -172,7 +194,7 @@ def _manifest_rows(file: Path, frames: bool) -> Iterator[tuple[str, str, dict]]:
             if None in cells or None in cells.values():  # more or fewer cells than columns
                 raise ValueError(f"{where}: expected {len(columns)} cells as in line 1; quote cells that hold commas.")
     elif file.suffix.lower() == ".parquet":
-        parquet = _optional("pyarrow.parquet")
+        parquet = require("pyarrow.parquet")
         try:
             table = parquet.ParquetFile(file)
             columns = table.schema_arrow.names
@@ -191,11 +213,21 @@ def _manifest_rows(file: Path, frames: bool) -> Iterator[tuple[str, str, dict]]:
         yield where, str(file.parent / cells["path"]), {**cells, "labels": cells[target]}
 
 
+def _load_from_hub(name: str) -> "datasets.DatasetDict":  # noqa: F821
+    try:
+        return require("datasets").load_dataset(name)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HTTPError: of the Hub's client, no OSError
+        raise OSError(
+            f"{name}: no such file or folder here, and no dataset of that name could be had from the Hub "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
 def _dataset_rows(
     dataset, name: str, frames: bool, split: str | None
 ) -> Iterator[tuple[str, str | EmbeddedAudio, dict]]:
     """The same of a `datasets` dataset; an event is a row of its own."""
-    datasets = _optional("datasets")
+    datasets = require("datasets")
     if isinstance(dataset, datasets.DatasetDict):
         if split is None and len(dataset) == 1:
             split = next(iter(dataset))
@@ -290,15 +322,41 @@ def _events(cells: dict, where: str, duration: float | None, frames: bool) -> li
     return [(onset, offset, str(label).strip()) for label in labels]
 
 
-def _optional(library: str):
+def require(library: str):
+    """An optional library, or an ImportError that says how to install it."""
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f'Reading this needs {library} ({error}): pip install "bat-audio[train]"') from error
+        raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[train]"') from error
 
 
 def _some(items: Sequence) -> str:
     return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
+    """Read every clip's header and first window, which takes a small part of the time of an epoch.
+
+    Raises:
+        ValueError: clips that cannot be read, start behind the end of their file, or are too short.
+        FileNotFoundError: a file has vanished.
+    """
+    shortest = processor.n_fft / processor.sample_rate
+
+    def problem(example: Example) -> str | None:
+        duration = shortest if example.duration is None else min(shortest, example.duration)
+        try:
+            processor.log_mel(replace(example, duration=duration).load(processor))
+        except ValueError as error:
+            message = str(error)
+            return message if message.startswith(str(example.source)) else f"{example.source}: {message}"
+
+    with ThreadPool() as threads:  # hides the latency of network drives
+        problems = list(filter(None, threads.imap(problem, examples, chunksize=64)))
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(examples)} clips cannot be used; mend them, or leave them out. {_some(problems)}"
+        )
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:

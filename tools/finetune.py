@@ -6,6 +6,7 @@ Runs unchanged in one process and under `accelerate launch` or torchrun. The dat
 seed alone, so that a resumed run, or one on more processes, sees the same clips.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -13,18 +14,20 @@ import math
 import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from transformers.utils import logging
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.load_model import HUB_REPOSITORY, load_pretrained_encoder
+from bat_audio.load_model import HERE, HUB_REPOSITORY, find_weights, load_pretrained_encoder
 from bat_audio.modeling_bat import (
     IGNORED_LABEL,
     BatForAudioClassification,
@@ -33,14 +36,24 @@ from bat_audio.modeling_bat import (
     BatModel,
 )
 from bat_audio.processing_bat import BatFeatureExtractor
-from bat_audio.tools.card import write_card
-from bat_audio.tools.data import Augmentation, ClipDataset, Example, label_names, read_examples, split_examples
+from bat_audio.tools.card import public_name, write_card
+from bat_audio.tools.data import (
+    Augmentation,
+    ClipDataset,
+    Example,
+    check_clips,
+    label_names,
+    read_examples,
+    require,
+    split_examples,
+)
 from bat_audio.tools.recipes import FinetuneSettings
 
 FINAL_LEARNING_RATE = 1e-6  # where the cosine ends, for the head
 LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too
 WITHOUT_DECAY = ("block_attention", "prototype_vectors")
 WITHOUT_INFLUENCE = ("num_workers", "report_to", "gradient_checkpointing")  # on the result; may change for resuming
+LOCK_WAIT = 10  # s; the workers of a killed run hold its lock until they notice, after 5 s
 FEW = 0.1  # share of clips with none or several labels from which on they are no surprise
 
 logger = logging.get_logger(__name__)
@@ -60,6 +73,14 @@ class BatTrainer(Trainer):
         return output
 
 
+class EvaluateLastStep(TrainerCallback):
+    """Transformers 4 saves the last step, but evaluates it only where it is a multiple of `eval_steps`."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 def finetune(settings: FinetuneSettings) -> dict[str, float]:
     """Train a model with a head and write it, with its card and plots, to the folder `settings.out`.
 
@@ -70,8 +91,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
         The validation metrics of the model: `loss`, `f1` (macro) and `map` (macro) or `accuracy`.
 
     Raises:
-        ValueError: settings or data that do not fit together; the message says how.
-        OSError: no data or no weights there, or a folder in the way.
+        ValueError: settings or data that do not fit together, or clips that cannot be read; the message says how.
+        OSError: no data or no weights there, a folder in the way, or another run in the training folder.
         ImportError: a library of the extra `train` is missing.
     """
     settings = settings.with_preset()
@@ -79,6 +100,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     work = out.with_name(f"{out.name}.training")
     if out.exists():
         raise FileExistsError(f"{out} exists already; name another folder, or remove it.")
+    for library in ("matplotlib.figure", "sklearn.metrics", *(["peft"] if settings.lora else [])):
+        require(library)  # before the training, not at its end
 
     train, validation = _read_data(settings)
     labels = label_names(train)
@@ -90,11 +113,13 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     args = _training_arguments(settings, len(train), work, "map" if multi_label or settings.frames else "accuracy")
     transformers.set_seed(settings.seed)
     model = build_model(settings, labels, multi_label)
-    if settings.gradient_checkpointing:
+    # A frozen encoder's tokens are otherwise kept of every block, for the gradient of a few weights in the head.
+    if settings.freeze_encoder and model.head.mixes_blocks if settings.gradient_checkpointing is None else settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     num_frames = settings.num_frames or model.config.input_shape[0]
     extractor = BatFeatureExtractor.from_model_config(model.config)
     extractor.num_frames = num_frames
+    check_clips([*train, *validation], extractor.processor)
     augmentation = Augmentation(
         mixup=settings.mixup,
         freq_masks=settings.freq_masks,
@@ -114,20 +139,22 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
         train_dataset=Subset(row, range(num_items)),  # no more, so that a run resumed at its end is at its end
         eval_dataset=ClipDataset(validation, *clips, **kinds),
         compute_metrics=_frame_metrics if settings.frames else classification_metrics,
+        callbacks=[EvaluateLastStep()],
     )
     groups = parameter_groups(trainer.model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
     trainer.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
-    with args.main_process_first(desc="claiming the training folder"):
-        if args.process_index == 0:
-            _claim(work, settings, [train, validation])
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    metrics = {name: metrics[name] for name in ("loss", "accuracy", "map", "f1") if name in metrics}
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if settings.lora else model
-        _write_folder(out, model, extractor, settings, metrics, trainer.state.log_history, len(train))
-    trainer.accelerator.wait_for_everyone()
+    with _lock(work) if args.process_index == 0 else contextlib.nullcontext():
+        with args.main_process_first(desc="claiming the training folder"):
+            if args.process_index == 0:
+                _claim(work, settings, [train, validation])
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+        metrics = {name: metrics[name] for name in ("loss", "accuracy", "map", "f1") if name in metrics}
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            model = model.merge_and_unload() if settings.lora else model
+            _write_folder(out, model, extractor, settings, metrics, trainer.state.log_history, len(train))
+        trainer.accelerator.wait_for_everyone()
     return metrics
 
 
@@ -234,9 +261,12 @@ def _has_several_labels(examples: list[Example]) -> bool:
 
 
 def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, metric: str) -> TrainingArguments:
-    loggers = ("none", "all", *get_available_reporting_integrations())
-    if settings.report_to not in loggers:
-        raise ValueError(f"report_to={settings.report_to!r} is not installed; there are {', '.join(loggers)}.")
+    loggers, report_to = get_available_reporting_integrations(), settings.report_to.replace(" ", "").split(",")
+    if report_to not in (["none"], ["all"]) and not set(report_to) <= set(loggers):
+        raise ValueError(
+            f"report_to={settings.report_to!r} is not installed; there are {', '.join(loggers)}, several of them with "
+            "commas, or all or none."
+        )
     steps = settings.steps
     if settings.epochs is not None:
         steps = max(1, round(settings.epochs * num_clips / settings.batch_size))
@@ -257,7 +287,7 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         eval_steps=eval_every,
         save_strategy="steps",
         save_steps=eval_every,
-        save_total_limit=1,  # besides the best
+        save_total_limit=2,  # the best and the last, from which even a finished run can go on
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,
@@ -267,7 +297,7 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         label_names=["labels"],
-        report_to=settings.report_to,
+        report_to=report_to,
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
@@ -288,6 +318,15 @@ def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
     return get_peft_model(model, targets)
 
 
+def _lock(work: Path) -> AcquireReturnProxy:
+    """Keep other runs out of the training folder until the end of a `with` block, or of the process."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(work / "lock").acquire(timeout=LOCK_WAIT)
+    except Timeout as error:
+        raise OSError(f"{work} is in use by another run; let that end, or name another folder to write.") from error
+
+
 def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
     """Note the settings in the training folder, or refuse a folder with checkpoints of other settings or data."""
     facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
@@ -295,7 +334,7 @@ def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
     facts["clips"] = f"{sum(map(len, data))} of digest {hashlib.sha256(repr(clips).encode()).hexdigest()[:12]}"
     facts = json.loads(json.dumps(facts, default=str))
     notes = work / "settings.json"
-    if notes.is_file() and _last_whole_checkpoint(work):
+    if _last_whole_checkpoint(work):
         begun = json.loads(notes.read_text())
         others = [
             f"{name}={begun.get(name)!r}, now {facts[name]!r}"
@@ -307,20 +346,35 @@ def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
                 f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
                 "that folder to begin anew."
             )
-    work.mkdir(parents=True, exist_ok=True)
     partial = notes.with_suffix(".partial")
     partial.write_text(json.dumps(facts, indent=2))
     os.replace(partial, notes)
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
-    """The checkpoint to go on from; one that was cut off while it was written lacks its last file."""
+    """The checkpoint to go on from, of those that all processes wrote to the end."""
+    notes = work / "settings.json"
+    if not notes.is_file():
+        return None
+    begun = json.loads(notes.read_text())
+    clips_at_once = begun["batch_size"] // begun["gradient_accumulation"]
     checkpoints = {
         int(folder.name.rpartition("-")[2]): folder
         for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (folder / "trainer_state.json").is_file()
+        if _is_whole(folder, clips_at_once)
     }
     return str(checkpoints[max(checkpoints)]) if checkpoints else None
+
+
+def _is_whole(checkpoint: Path, clips_at_once: int) -> bool:
+    """Whether a checkpoint was not cut off by a kill or a full disk; `clips_at_once` over all of its processes."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    processes = clips_at_once // state["train_batch_size"]  # which may be others now
+    states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))  # as torch.save writes them
 
 
 def _write_folder(
@@ -341,8 +395,9 @@ def _write_folder(
             partial,
             model,
             name=out.name,
-            base_model=None if settings.untrained else settings.checkpoint or HUB_REPOSITORY,
+            base_model=_base_model(settings),
             dataset=str(settings.train) if isinstance(settings.train, str | Path) else None,
+            evaluation=_validation_name(settings),
             metrics=metrics,
             settings={name: value for name, value in vars(settings).items() if value is not None},
             log_history=log_history,
@@ -350,3 +405,19 @@ def _write_folder(
         )
         (partial / "eval_results.json").write_text(json.dumps(metrics, indent=2))
         os.replace(partial, out)
+
+
+def _base_model(settings: FinetuneSettings) -> str | None:
+    """What training started from, if that is known: weights beside the code may be anyone's."""
+    if settings.untrained or settings.checkpoint:
+        return settings.checkpoint
+    return None if find_weights().parent == HERE else HUB_REPOSITORY
+
+
+def _validation_name(settings: FinetuneSettings) -> str:
+    """The data that the metrics are measured on, as the card names it."""
+    data = settings.train if settings.validation is None else settings.validation
+    name = public_name(data) if isinstance(data, str | Path) else "data that this card does not name"
+    if settings.validation_split is not None:
+        return f"the split {settings.validation_split} of {name}"
+    return name if settings.validation is not None else f"a held-out {100 * settings.validation_fraction:g} % of {name}"
