@@ -63,11 +63,12 @@ def test_metadata(tmp_path):
         model,
         base_model="lrauch/BAT-vit-b16-pretrainedAS2M",
         dataset="someone/sounds",
+        evaluation="someone/other-sounds",
         metrics={"eval_loss": 0.5, "eval_accuracy": np.float32(0.75), "eval_f1": float("nan"), "eval_runtime": 3.0},
     )
     result = {
         "task": {"type": "audio-classification", "name": "Audio Classification"},
-        "dataset": {"type": "someone/sounds", "name": "someone/sounds"},
+        "dataset": {"type": "someone/other-sounds", "name": "someone/other-sounds"},
         "metrics": [{"type": "accuracy", "name": "Accuracy", "value": 0.75}],
     }
     assert metadata_of(card) == {
@@ -80,9 +81,21 @@ def test_metadata(tmp_path):
         "model-index": [{"name": "my-model", "results": [result]}],
     }
     text = card.read_text(encoding="utf-8")
+    assert "Measured on [someone/other-sounds](https://huggingface.co/datasets/someone/other-sounds)." in text
     assert "| Accuracy | 0.7500 |" in text
     assert "| Loss | 0.5000 |" in text
     assert "runtime" not in text
+
+
+def test_evaluation_tells_that_its_clips_chose_the_model(tmp_path):
+    known = {"evaluation": tmp_path / "held-out.csv", "metrics": {"accuracy": 0.8}}
+    card = write_card(tmp_path, saved(tmp_path), log_history=HISTORY, **known)
+    assert "Measured on held-out.csv. The model is the best of 2 checkpoints on these same clips" in card.read_text()
+    assert metadata_of(card)["model-index"][0]["results"][0]["dataset"]["name"] == "held-out.csv"
+    card = write_card(tmp_path, saved(tmp_path), log_history=HISTORY[:2], **known)
+    assert "Measured on held-out.csv.\n" in card.read_text()
+    card = write_card(tmp_path, saved(tmp_path), metrics={"accuracy": 0.8})
+    assert "Measured on data that this card does not name." in card.read_text()
 
 
 def test_card_without_anything_to_tell(tmp_path):
@@ -136,7 +149,7 @@ def test_names_show_as_they_are(tmp_path):
     odd = [*ODD_NAMES, "two\nlines\x00\u2028end"]
     settings = {name: name for name in ODD_NAMES}
     model = saved(tmp_path / "a_b*c*", odd)
-    card = write_card(tmp_path / "a_b*c*", model, dataset="<i>| data", settings=settings, metrics={"a|b": 0.5})
+    card = write_card(tmp_path / "a_b*c*", model, evaluation="<i>| data", settings=settings, metrics={"a|b": 0.5})
     assert metadata_of(card)["model-index"][0]["name"] == "a_b*c*"
     assert metadata_of(card)["model-index"][0]["results"][0]["dataset"]["name"] == "<i>| data"
     cells = rendered_cells(card)

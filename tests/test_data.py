@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader
@@ -18,6 +19,7 @@ from bat_audio.tools.data import (
     Augmentation,
     ClipDataset,
     Example,
+    check_clips,
     frame_targets,
     label_names,
     read_examples,
@@ -180,6 +182,51 @@ def test_numbers_as_labels_stay_as_written(files, tmp_path):
     assert [example.labels for example in read_examples(source)] == [("7",), ("0",)]
 
 
+def test_folder_takes_all_formats_of_libsndfile_and_reports_other_files(tmp_path, caplog):
+    written = {
+        "a.aif": "AIFF", "b.aiff": "AIFF", "c.au": "AU", "d.caf": "CAF", "e.flac": "FLAC", "f.mp3": "MP3",
+        "g.ogg": "OGG", "h.rf64": "RF64", "i.voc": "VOC", "j.W64": "W64", "k.wav": "WAV",
+    }  # fmt: skip
+    (tmp_path / "sounds" / "dog").mkdir(parents=True)
+    for name, format in written.items():
+        soundfile.write(tmp_path / "sounds" / "dog" / name, sound(0.2, 44100), 44100, format=format)
+    for name in ("notes.txt", "clip.m4a", "samples.raw", ".hidden.txt"):
+        (tmp_path / "sounds" / "dog" / name).write_bytes(b"?")
+    transformers.utils.logging.enable_propagation()
+    examples = read_examples(tmp_path / "sounds")
+    transformers.utils.logging.disable_propagation()
+    assert [Path(example.source).name for example in examples] == list(written)
+    check_clips(examples, PROCESSOR)
+    assert re.search(r"sounds: 3 files are left out that are no sounds by name \(first: \S*clip.m4a\)", caplog.text)
+
+
+def test_name_that_is_no_file_here_is_a_dataset_of_the_hub(files, tmp_path, monkeypatch):
+    table = datasets.Dataset.from_dict({"audio": files, "label": [0, 0, 1, 1, 2, 2]})
+    on_hub = {"me/sounds": datasets.DatasetDict(train=table, test=table.select([3]))}
+
+    def load_dataset(name):
+        if name not in on_hub:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
+        return on_hub[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert read_examples("me/sounds", split="train") == read_examples(table)
+    assert read_examples("me/sounds", split="test") == read_examples(table)[3:4]
+    with pytest.raises(ValueError, match="me/sounds: split=None is none of its splits; choose from train, test"):
+        read_examples("me/sounds")
+    with pytest.raises(
+        OSError, match=r"me/noise: no such file or folder here, and no dataset of that name .*DatasetNot"
+    ):
+        read_examples("me/noise")
+    for name in ("me/noise.csv", "./me/noise", Path("me/noise"), "me/more/noise"):
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            read_examples(name)
+    (tmp_path / "me" / "sounds" / "dog").mkdir(parents=True)
+    soundfile.write(tmp_path / "me" / "sounds" / "dog" / "1.wav", sound(0.2), 16000)
+    assert [example.labels for example in read_examples("me/sounds")] == [("dog",)]
+
+
 EVENTS = [[(0.1, 0.3, "dog"), (0.2, 0.65, "bird")], [], [(0.0, 0.05, "dog")]]
 
 
@@ -310,8 +357,10 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match=r"b: no sound file in this class folder"):
         read_examples(tmp_path)
     (tmp_path / "b" / "1.m4a").touch()
+    with pytest.raises(ValueError, match=r"b: no sound file in this class folder .*\.wav"):
+        read_examples(tmp_path)
     (tmp_path / "2.wav").touch()
-    with pytest.raises(ValueError, match=r"2 files lie in no class folder or .*2.wav, .*1.m4a\..*\.wav: convert"):
+    with pytest.raises(ValueError, match=r"1 sounds lie in no class folder: \S*2.wav\. Expected FOLDER/label/sound"):
         read_examples(tmp_path)
     with pytest.raises(ValueError, match="a folder tells no onsets"):
         read_examples(tmp_path, frames=True)
@@ -689,6 +738,35 @@ def test_clips_that_cannot_be_used_are_errors_with_their_names(files, tmp_path):
         dataset(read_examples(table)[0])[0]
     with pytest.raises(IndexError):
         dataset(late)[1]
+
+
+def test_all_clips_that_cannot_be_used_are_named_at_the_start(folder, files, tmp_path):
+    """With what their items would raise; clips that pass have items."""
+    good = read_examples(folder)
+    check_clips(good, PROCESSOR)
+    whole = (folder / "dog" / "d.wav").read_bytes()
+    contents = {"bad.wav": b"RIFF", "empty.ogg": b"", "cut.wav": whole[: len(whole) // 2]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    soundfile.write(tmp_path / "nan.wav", np.full(2000, np.nan), 16000, subtype="FLOAT")
+    table = datasets.Dataset.from_dict({"audio": [{"bytes": b"no sound", "path": "a.wav"}], "label": ["dog"]})
+    bad = [
+        *(Example(str(tmp_path / name), ("dog",)) for name in (*contents, "nan.wav")),
+        Example(files[0], ("dog",), start=100.0),
+        Example(files[1], ("dog",), duration=0.02),
+        *read_examples(table),
+    ]
+    for clip in bad:
+        with pytest.raises(ValueError, match=re.escape(str(clip.source))) as raised:
+            ClipDataset([clip], LABELS, PROCESSOR, NUM_FRAMES)[0]
+        with pytest.raises(ValueError, match=f"^1 of 7 clips cannot be used; .* {re.escape(str(raised.value))}$"):
+            check_clips([*good, clip], PROCESSOR)
+    with pytest.raises(ValueError, match=r"7 of 13 clips .*bad.wav.*empty.ogg.*cut.wav.* and 4 more"):
+        check_clips([*bad, *good], PROCESSOR)
+    late = Example(files[0], ("dog",), events=((0.6, 0.7, "dog"), (0.1, 0.2, "dog")))  # the file ends at 0.5 s
+    with pytest.raises(ValueError, match=re.escape(files[0]) + ".* hold nothing from 0.6 s on"):
+        check_clips([late], PROCESSOR)
+    check_clips([Example(files[0], ("dog",), events=((0.1, 0.2, "dog"), (0.49, 0.6, "dog")))], PROCESSOR)
 
 
 @pytest.mark.parametrize(

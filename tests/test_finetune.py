@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -18,11 +20,20 @@ import transformers
 from conftest import THREADS, run, run_python, tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForAudioFrameClassification
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    TrainerCallback,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalPrediction
 
 from bat_audio import BatConfig, BatForAudioClassification
-from bat_audio.tools.finetune import build_model, classification_metrics, finetune, parameter_groups
+from bat_audio.load_model import HERE, HUB_REPOSITORY
+from bat_audio.tools import finetune as finetune_module
+from bat_audio.tools.data import Augmentation
+from bat_audio.tools.finetune import BatTrainer, build_model, classification_metrics, finetune, parameter_groups
 from bat_audio.tools.recipes import PRESETS, FinetuneSettings
 
 PLAIN = {"mixup": 0.0, "freq_masks": 0, "time_masks": 0, "roll": False}  # no augmentation
@@ -104,6 +115,52 @@ def trained(options: dict, **changes) -> tuple[dict[str, float], dict[str, torch
     settings = FinetuneSettings(**{**options, **changes})
     metrics = finetune(settings)
     return metrics, load_file(Path(settings.out) / "model.safetensors")
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list[BatTrainer]:
+    """The trainers of all runs in this process; each has its number of training steps as `steps_made`."""
+    made = []
+
+    class Watched(BatTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.steps_made = 0
+            made.append(self)
+
+        def training_step(self, *args, **kwargs):
+            self.steps_made += 1
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(finetune_module, "BatTrainer", Watched)
+    return made
+
+
+def give_accuracies(monkeypatch, *accuracies: float):
+    """Let the next evaluations find these accuracies, and one more be an error."""
+    left = iter(accuracies)
+    monkeypatch.setattr(finetune_module, "classification_metrics", lambda prediction: {"accuracy": next(left)})
+
+
+def checkpoints(options: dict) -> dict[int, Path]:
+    """The checkpoints of a run by their step, in order."""
+    folders = Path(f"{options['out']}.training").glob("checkpoint-*")
+    return dict(sorted((int(folder.name.removeprefix("checkpoint-")), folder) for folder in folders))
+
+
+def log_of(options: dict) -> list[dict]:
+    """What Trainer logged until the last checkpoint."""
+    *_, last = checkpoints(options).values()
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def assert_same_gradients(options: dict, others: dict):
+    """Of every step, by the norm before clipping: AdamW and clipping make weights blind to the gradients' scale."""
+    one, other = ([entry for entry in log_of(run) if "grad_norm" in entry] for run in (options, others))
+    assert len(one) == len(other) == options["steps"]
+    for mine, theirs in zip(one, other, strict=True):
+        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
+        assert theirs["loss"] == pytest.approx(mine["loss"], abs=2e-4)  # Transformers 4 rounds it to four digits
 
 
 def command_line(options: dict) -> list[str]:
@@ -222,6 +279,9 @@ def test_run_writes_a_model_that_loads_with_its_classes_and_metrics(options, sou
     assert json.loads((folder / "eval_results.json").read_text()) == metrics
     card = ModelCard.load(folder / "README.md")
     assert {"Accuracy": 1.0}.items() <= {r.metric_name: r.metric_value for r in card.data.eval_results}.items()
+    assert card.data.eval_results[0].dataset_name == "a held-out 25 % of sounds"
+    assert "Measured on a held-out 25 % of sounds. The model is the best of 3 checkpoints" in card.text
+    assert "starting from" not in card.text
 
     model = AutoModelForAudioClassification.from_pretrained(folder)
     assert model.config.id2label == dict(enumerate(SOUNDS))
@@ -244,12 +304,39 @@ def test_epochs_are_counted_in_clips(options, tmp_path):
 
 def test_best_checkpoint_is_the_one_written(options):
     metrics, weights = trained(options, steps=24)
-    state = sorted(Path(f"{options['out']}.training").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1]
-    log = json.loads((state / "trainer_state.json").read_text())
-    scores = {entry["step"]: entry["eval_accuracy"] for entry in log["log_history"] if "eval_accuracy" in entry}
+    scores = {entry["step"]: entry["eval_accuracy"] for entry in log_of(options) if "eval_accuracy" in entry}
+    assert list(scores) == [4, 8, 12, 16, 20, 24]
     assert metrics["accuracy"] == max(scores.values())
-    best = Path(f"{options['out']}.training") / f"checkpoint-{log['best_global_step']}"
+    best = checkpoints(options)[max(scores, key=scores.get)]
     assert_same_weights(weights, load_file(best / "model.safetensors"))
+
+
+@pytest.mark.parametrize("accuracies", [(0.2, 0.8), (0.8, 0.2)])
+def test_last_steps_are_validated_once_and_may_be_the_best(options, monkeypatch, accuracies):
+    give_accuracies(monkeypatch, *accuracies, 0.5)  # the last one is that of the model written
+    _, weights = trained(options, steps=6, eval_every=4)
+    assert [entry["step"] for entry in log_of(options) if "eval_loss" in entry] == [4, 6]
+    best = checkpoints(options)[6 if accuracies[1] > accuracies[0] else 4]
+    assert_same_weights(weights, load_file(best / "model.safetensors"))
+
+
+def test_settings_reach_optimizer_schedule_and_training_data(options, trainers):
+    changes = {"mixup": 0.3, "freq_masks": 1, "time_masks": 3, "roll": True, "gain_db": 4.0, "seed": 5}
+    options.update(steps=20, eval_every=5, warmup=0.25, beta2=0.9, **changes)
+    trained(options)
+    (trainer,) = trainers
+    rates = {}
+    for step in range(20):  # the 20 updates, of which the first 5 warm up
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 5) / 15))
+        rates[step + 1] = pytest.approx(1e-3 * step / 5 if step < 5 else 1e-6 + (1e-3 - 1e-6) * cosine)
+    assert {entry["step"]: entry["learning_rate"] for entry in log_of(options) if "learning_rate" in entry} == rates
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
+    assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), torch.optim.AdamW)
+    row = trainer.train_dataset.dataset
+    assert row.augmentation == Augmentation(mixup=0.3, freq_masks=1, time_masks=3, roll=True, gain_db=4.0)
+    assert (row.shuffle, row.seed) == (True, 5)
+    assert trainer.eval_dataset.augmentation == Augmentation()
+    assert not trainer.eval_dataset.shuffle
 
 
 def test_probe_leaves_the_encoder_as_it_was(options, tmp_path):
@@ -264,26 +351,28 @@ def test_probe_leaves_the_encoder_as_it_was(options, tmp_path):
             assert torch.equal(tensor, start[name]) == name.startswith("bat."), name
 
 
-def test_gradient_accumulation_gives_the_same_update(options, tmp_path):
-    _, whole = trained(options, steps=3, eval_every=3)
-    _, parts = trained(options, steps=3, eval_every=3, gradient_accumulation=4, out=str(tmp_path / "parts"))
-    assert_same_weights(whole, parts, atol=2e-5)
-
-
-def test_gradient_accumulation_of_frames_gives_the_same_update(options, events, tmp_path):
-    options.update(train=str(events), frames=True, steps=3, eval_every=3, **PLAIN)
+@pytest.mark.parametrize("kind", ["clips", "frames", "lora"])
+def test_gradient_accumulation_gives_the_same_update(options, events, tmp_path, kind):
+    changes = {"frames": {"train": str(events), "frames": True, **PLAIN}, "lora": {"lora": 2}}
+    options.update(changes.get(kind, {}), steps=3, eval_every=3)
+    accumulated = {**options, "gradient_accumulation": 4, "out": str(tmp_path / "parts")}
     _, whole = trained(options)
-    _, parts = trained(options, gradient_accumulation=4, out=str(tmp_path / "parts"))
+    _, parts = trained(accumulated)
     assert_same_weights(whole, parts, atol=2e-5)
+    assert_same_gradients(options, accumulated)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(options, tmp_path):
-    for preset in ("finetune", "probe"):
-        changes = {"preset": preset, "head": "cgp", "num_prototypes": 7, "steps": 3, "eval_every": 3}
-        _, plain = trained(options, **changes, out=str(tmp_path / f"{preset}-plain"))
-        checkpointed = {"gradient_checkpointing": True, "out": str(tmp_path / f"{preset}-checkpointed")}
-        _, again = trained(options, **changes, **checkpointed)
-        assert_same_weights(plain, again, atol=1e-6)
+@pytest.mark.parametrize("preset", ["finetune", "probe"])
+def test_gradient_checkpointing_gives_the_same_weights(options, tmp_path, trainers, preset):
+    """It is the default where a frozen encoder's blocks are mixed."""
+    options.update(preset=preset, head="cgp", num_prototypes=7, steps=3, eval_every=3)
+    _, plain = trained(options, gradient_checkpointing=False, out=str(tmp_path / "plain"))
+    _, again = trained(options, gradient_checkpointing=True, out=str(tmp_path / "checkpointed"))
+    assert_same_weights(plain, again, atol=1e-6)
+    trained(options)
+    trained(options, head="linear", out=str(tmp_path / "linear"))
+    is_default = preset == "probe"
+    assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, True, is_default, False]
 
 
 def test_lora_trains_the_attention_alone_and_is_merged(options):
@@ -306,6 +395,35 @@ def test_checkpoint_is_where_training_starts(options, tmp_path):
     _, weights = trained(again, preset="probe", head="linear", steps=2, eval_every=2)
     first = load_file(Path(options["out"]) / "model.safetensors")
     assert all(torch.equal(weights[name], first[name]) for name in first if name.startswith("bat."))
+    assert "starting from model." in ModelCard.load(Path(again["out"]) / "README.md").text
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_card_names_the_published_weights_only_where_they_are_certain(options, tmp_path, monkeypatch, is_published):
+    """A model.safetensors beside the code may be any."""
+    trained(options, steps=1)
+    loaded = finetune_module.load_pretrained_encoder(checkpoint=options["out"])
+    monkeypatch.setattr(finetune_module, "load_pretrained_encoder", lambda checkpoint: loaded)
+    found = (tmp_path / "hub" if is_published else HERE) / "model.safetensors"
+    monkeypatch.setattr(finetune_module, "find_weights", lambda: found)
+    options.update(untrained=False, config=None, out=str(tmp_path / "again"))
+    trained(options, steps=1)
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    assert card.data.base_model == (HUB_REPOSITORY if is_published else None)
+    assert (HUB_REPOSITORY in card.text) == is_published
+
+
+def test_dataset_of_the_hub_with_splits(options, sounds, monkeypatch):
+    files = sorted(map(str, sounds.rglob("*.wav")))
+    table = datasets.Dataset.from_dict({"audio": files, "label": [Path(file).parent.name for file in files]})
+    on_hub = {"me/sounds": datasets.DatasetDict(train=table, test=table.select(range(0, 24, 3)))}
+    monkeypatch.setattr(datasets, "load_dataset", on_hub.__getitem__)
+    trained(options, train="me/sounds", train_split="train", validation_split="test", steps=1)
+    card = ModelCard.load(Path(options["out"]) / "README.md")
+    assert card.data.datasets == ["me/sounds"]
+    assert "Trained on 24 clips of [me/sounds](https://huggingface.co/datasets/me/sounds)." in card.text
+    assert card.data.eval_results[0].dataset_name == "the split test of me/sounds"
+    assert "Measured on the split test of me/sounds." in card.text
 
 
 def test_frames_from_a_manifest(options, events):
@@ -334,6 +452,7 @@ def test_multi_label_manifest_with_bce(options, tmp_path):
     changes = {"train": manifest, "validation": manifest, "steps": 80, "eval_every": 40, "multi_label_loss": "bce"}
     metrics, _ = trained({**options, **changes, **PLAIN})
     assert metrics["map"] > 0.9
+    assert "Measured on clips.csv. The model is the best of 2" in (Path(options["out"]) / "README.md").read_text()
     assert BatConfig.from_pretrained(options["out"]).problem_type == "multi_label_classification"
 
 
@@ -389,18 +508,93 @@ def test_begun_folder_refuses_other_settings_and_data(options, sounds, tmp_path)
     trained(options)
 
 
-def test_start_that_failed_does_not_stand_in_the_way(options):
-    with pytest.raises(ValueError, match="100 samples are too few"):
-        spoil_a_clip_and_train(options)
-    trained(options)
+def shorten(file: Path):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def spoil_a_clip_and_train(options):
-    folder = Path(options["out"]).parent / "spoilt"
-    shutil.copytree(options["train"], folder)
-    for file in folder.rglob("*.wav"):
-        soundfile.write(file, sound("hum", 1, 100), 16000)
-    trained(options, train=str(folder))
+def of_two_processes(checkpoint: Path):
+    """As if it were of two processes, of which the second was killed before it had written its part."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "train_batch_size": 4}))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda checkpoint: shorten(checkpoint / "trainer_state.json"),
+        lambda checkpoint: shorten(checkpoint / "rng_state.pth"),
+        lambda checkpoint: (checkpoint / "rng_state.pth").unlink(),
+        of_two_processes,
+    ],
+)
+def test_damaged_checkpoint_gives_way_to_the_one_before(options, monkeypatch, trainers, damage):
+    options.update(steps=9, eval_every=3, drop_path=0.3)  # whose random numbers must go on where they were
+    give_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.3)
+    metrics, weights = trained(options)
+    shutil.rmtree(options["out"])
+    assert list(checkpoints(options)) == [6, 9]
+    damage(checkpoints(options)[9])
+    give_accuracies(monkeypatch, 0.3, 0.3)
+    assert trained(options)[0] == metrics
+    assert_same_weights(weights, load_file(Path(options["out"]) / "model.safetensors"))
+    assert [trainer.steps_made for trainer in trainers] == [9, 3]
+
+
+def test_clips_that_cannot_be_read_are_named_before_training(options, sounds, tmp_path, trainers):
+    options["train"] = str(shutil.copytree(sounds, tmp_path / "sounds"))
+    for kind in SOUNDS:
+        soundfile.write(tmp_path / "sounds" / kind / "2.wav", sound(kind, 1, 100), 16000)
+    (tmp_path / "sounds" / "hum" / "7.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"4 of 24 clips .*2.wav: .*100 samples are too few.* and 1 more"):
+        trained(options)
+    assert trainers == []
+    shutil.rmtree(tmp_path / "sounds")
+    shutil.copytree(sounds, tmp_path / "sounds")
+    trained(options, steps=1)  # nothing stands in the way
+
+
+@pytest.mark.parametrize("library", ["matplotlib.figure", "sklearn.metrics", "peft"])
+def test_missing_library_is_found_before_training(options, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf'needs {library} .*pip install "bat-audio\[train\]"'):
+        trained(options, lora=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_could_not_be_written_is_written_by_the_next_call(options, monkeypatch, trainers):
+    """Without training again, though the best step is not the last."""
+    options.update(steps=6, eval_every=3)
+    give_accuracies(monkeypatch, 0.8, 0.2, 0.8, 0.8)
+
+    def fill_disk(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module, "write_card", fill_disk)
+        with pytest.raises(OSError, match="disk full"):
+            trained(options)
+    assert not Path(options["out"]).exists()
+    best = load_file(checkpoints(options)[3] / "model.safetensors")
+    _, weights = trained(options)
+    assert_same_weights(weights, best)
+    assert [trainer.steps_made for trainer in trainers] == [6, 0]
+
+
+@pytest.mark.slow
+def test_folder_in_use_is_refused(options, monkeypatch):
+    """By the command line, while a run of this process is about to write its model."""
+    results, write = [], finetune_module._write_folder
+
+    def start_another_and_write(*args):
+        results.append(run(cli(options), check=False))
+        write(*args)
+
+    monkeypatch.setattr(finetune_module, "_write_folder", start_another_and_write)
+    trained(options, steps=1)
+    (result,) = results
+    assert result.returncode == 1
+    assert f"error: {options['out']}.training is in use by another run" in result.stderr
 
 
 @pytest.mark.parametrize("eval_every", [6, 10**6])
@@ -421,6 +615,23 @@ def test_bf16_and_tensorboard(options, tmp_path):
     assert list(Path(f"{options['out']}.training").rglob("events.out.tfevents.*"))
     _, again = trained(options, out=str(tmp_path / "again"))  # Transformers 4 hands bf16 on in the environment
     assert_same_weights(single, again, atol=1e-5)
+
+
+def test_several_loggers(options, monkeypatch):
+    logged = []
+
+    class Paper(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logged.append(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "paper", Paper)
+    monkeypatch.setattr(finetune_module, "get_available_reporting_integrations", lambda: ["tensorboard", "paper"])
+    for wrong in ("tensorboard,pencil", "tensorboard,none", ""):
+        with pytest.raises(ValueError, match="is not installed; there are tensorboard, paper, several of them with"):
+            trained(options, report_to=wrong)
+    trained(options, steps=1, report_to="tensorboard, paper")
+    assert logged
+    assert list(Path(f"{options['out']}.training").rglob("events.out.tfevents.*"))
 
 
 def test_few_clips_with_several_labels_are_reported(options, sounds, tmp_path, caplog):
@@ -453,13 +664,15 @@ def test_two_processes_equal_one(options, events, tmp_path, kind):
         options.update(train=str(events), frames=True, **PLAIN)
     if kind == "probe":
         options["preset"] = kind
-    expected, weights = trained(options, out=str(tmp_path / "one"))
+    alone = {**options, "out": str(tmp_path / "one")}
+    expected, weights = trained(alone)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
     run([sys.executable, *launch], CUDA_VISIBLE_DEVICES="")
     metrics = json.loads((Path(options["out"]) / "eval_results.json").read_text())
     assert metrics == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
+    assert_same_gradients(alone, options)
 
 
 @pytest.mark.slow

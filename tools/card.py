@@ -265,8 +265,8 @@ def _metadata(
         license="mit",
         pipeline_tag="audio-classification",
         tags=["audio", "bat", "custom_code"],
-        base_model=_hub_id(base_model),
-        datasets=[_hub_id(dataset)] if _hub_id(dataset) else None,
+        base_model=hub_id(base_model),
+        datasets=[hub_id(dataset)] if hub_id(dataset) else None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -359,8 +359,8 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~$&#!])", r"\\\1", _one_line(text))
 
 
-def _hub_id(value: Any) -> str | None:
-    """The value, if it is the name of a Hub repository and no file here."""
+def hub_id(value: Any) -> str | None:
+    """The value, if it may be the name of a Hub repository and is no file here."""
     if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
         return None
     try:
@@ -387,4 +387,4 @@ def _reference(value: Any, host: str) -> str:
     """A link to the Hub, or the bare name; nothing for None."""
     if value is None:
         return ""
-    return f"[{_escape(value)}]({host}{value})" if _hub_id(value) else _escape(public_name(value))
+    return f"[{_escape(value)}]({host}{value})" if hub_id(value) else _escape(public_name(value))

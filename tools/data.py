@@ -10,7 +10,6 @@ import importlib
 import io
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,10 @@ from torch import nn
 from transformers.utils import logging
 
 from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, fit_frames
+from bat_audio.tools.card import hub_id
 
-# Of files that libsndfile knows by their content, besides the names of its formats.
-OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".mp3", ".oga", ".opus", ".sf", ".snd", ".sph"}
+# Of sound files, besides the names of libsndfile's formats.
+OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".oga", ".opus", ".sf", ".snd", ".sph"}
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 MANIFEST_COLUMNS = ("path", "labels", "label", "start", "duration", "onset", "offset")
 IGNORED_STEP = -100.0  # target of the steps behind a clip's end, which the frame-wise loss leaves out
@@ -107,7 +107,7 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
         name, path = str(source), Path(source)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             source = require("datasets").load_from_disk(name)
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix not in MANIFEST_SUFFIXES and not path.exists():
+        elif hub_id(source) and path.suffix.lower() not in MANIFEST_SUFFIXES:
             source = _load_from_hub(name)
         elif split is not None:
             raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
@@ -335,18 +335,22 @@ def _some(items: Sequence) -> str:
 
 
 def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
-    """Read every clip's header and first window, which takes a small part of the time of an epoch.
+    """Read every clip's header and first window, and that of its last event: a small part of the time of an epoch.
 
     Raises:
-        ValueError: clips that cannot be read, start behind the end of their file, or are too short.
+        ValueError: clips that cannot be read, start behind the end of their file, are too short, or have events behind
+            their end.
         FileNotFoundError: a file has vanished.
     """
-    shortest = processor.n_fft / processor.sample_rate
+    window = processor.n_fft / processor.sample_rate
 
     def problem(example: Example) -> str | None:
-        duration = shortest if example.duration is None else min(shortest, example.duration)
+        duration = window if example.duration is None else min(window, example.duration)
         try:
             processor.log_mel(replace(example, duration=duration).load(processor))
+            if example.events:
+                last_onset = max(onset for onset, _, _ in example.events)
+                replace(example, start=example.start + last_onset, duration=window).load(processor)
         except ValueError as error:
             message = str(error)
             return message if message.startswith(str(example.source)) else f"{example.source}: {message}"

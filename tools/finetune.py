@@ -15,11 +15,13 @@ import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -113,13 +115,16 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     args = _training_arguments(settings, len(train), work, "map" if multi_label or settings.frames else "accuracy")
     transformers.set_seed(settings.seed)
     model = build_model(settings, labels, multi_label)
-    # A frozen encoder's tokens are otherwise kept of every block, for the gradient of a few weights in the head.
-    if settings.freeze_encoder and model.head.mixes_blocks if settings.gradient_checkpointing is None else settings.gradient_checkpointing:
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing is None:  # otherwise all blocks' tokens would be kept for the few weights that mix them
+        checkpointing = settings.freeze_encoder and model.head.mixes_blocks
+    if checkpointing:
         model.gradient_checkpointing_enable()
     num_frames = settings.num_frames or model.config.input_shape[0]
     extractor = BatFeatureExtractor.from_model_config(model.config)
     extractor.num_frames = num_frames
-    check_clips([*train, *validation], extractor.processor)
+    if args.process_index == 0:
+        check_clips([*train, *validation], extractor.processor)
     augmentation = Augmentation(
         mixup=settings.mixup,
         freq_masks=settings.freq_masks,
@@ -318,13 +323,16 @@ def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
     return get_peft_model(model, targets)
 
 
-def _lock(work: Path) -> AcquireReturnProxy:
-    """Keep other runs out of the training folder until the end of a `with` block, or of the process."""
+@contextlib.contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    """Keep other runs out of the training folder."""
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(work / "lock").acquire(timeout=LOCK_WAIT)
-    except Timeout as error:
-        raise OSError(f"{work} is in use by another run; let that end, or name another folder to write.") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(work / "lock", timeout=LOCK_WAIT))
+        except Timeout as error:
+            raise OSError(f"{work} is in use by another run; let that end, or name another folder to write.") from error
+        yield
 
 
 def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
@@ -417,7 +425,7 @@ def _base_model(settings: FinetuneSettings) -> str | None:
 def _validation_name(settings: FinetuneSettings) -> str:
     """The data that the metrics are measured on, as the card names it."""
     data = settings.train if settings.validation is None else settings.validation
-    name = public_name(data) if isinstance(data, str | Path) else "data that this card does not name"
+    name = public_name(data) if isinstance(data, str | Path) else "an unnamed dataset"
     if settings.validation_split is not None:
         return f"the split {settings.validation_split} of {name}"
     return name if settings.validation is not None else f"a held-out {100 * settings.validation_fraction:g} % of {name}"

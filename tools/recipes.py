@@ -98,7 +98,9 @@ class FinetuneSettings:
     num_workers: int = _option(4, "Processes that read and decode sound files, for each training process.")
     eval_every: int | None = _option(None, "Steps between validations and checkpoints; default: a twentieth of all.")
     seed: int = _option(0, "Of the new weights, the order of the clips and their augmentation.")
-    report_to: str = _option("tensorboard", "Where Trainer logs: tensorboard, wandb, ... or several with commas, or none.")
+    report_to: str = _option(
+        "tensorboard", "Where Trainer logs: tensorboard, wandb, ..., several with commas, or none."
+    )
 
     def __post_init__(self):
         if self.preset not in PRESETS:
