@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None):
         "--only", nargs="+", choices=sections, default=sections, metavar="SECTION", help=", ".join(sections)
     )
     parser.add_argument("--checkpoint", type=Path, help="model folder (default: the published size, random weights)")
-    parser.add_argument("--rounds", type=int, help="how often everything is timed (default: 10)")
+    parser.add_argument("--rounds", type=int, help="how often everything is timed (default: 6)")
     parser.add_argument("--batch", type=int, help="clips of a forward pass on the CPU (default: 4)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="see that it runs: 2 rounds, 2 clips, short inputs")
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None):
         settings = Settings(
             folder=options.checkpoint or Path(scratch) / "random",
             scratch=Path(scratch),
-            rounds=options.rounds or (2 if options.quick else 10),
+            rounds=options.rounds or (2 if options.quick else 6),
             batch=options.batch or (2 if options.quick else 4),
             quick=options.quick,
         )

@@ -46,7 +46,7 @@ class Settings:
 
     folder: Path
     scratch: Path
-    rounds: int = 10
+    rounds: int = 6
     batch: int = 4
     quick: bool = False
     device: str = "cpu"

@@ -158,8 +158,8 @@ def export(
 
     "onnx" is a single file of opset 18 with the input `input_features` or `waveform`. Its metadata tells `sample_rate`
     and, of a model with a head, `id2label` as JSON and `problem_type`. "pt2" is the program of torch.export, which
-    runs wherever torch does: `torch.export.load("bat.pt2").module()(features)` gives a dict of the outputs. It is not a
-    package of AOTInductor, because that runs only on machines like the one that compiled it.
+    runs wherever torch does: `torch.export.load("bat.pt2").module()(features)` gives a dict of the outputs. Make it
+    fast with torch.compile, not with AOTInductor, whose package of it computes other values (seen with torch 2.14).
 
     Args:
         checkpoint: a model folder of `save_pretrained`, `convert` or `finetune`, or a Hub repository "namespace/name".
