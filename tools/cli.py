@@ -19,7 +19,7 @@ Checkpoint = Annotated[
     str | None, typer.Option(help="Folder, .safetensors or Hub name; default: the published weights.")
 ]
 Untrained = Annotated[bool, typer.Option("--untrained", help="Take random weights, to try things out.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: cuda where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")]
 Start = Annotated[float, typer.Option(help="Where the part of the recording begins, in seconds.")]
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
 
@@ -81,7 +81,7 @@ def show(
     heads: Annotated[str | None, typer.Option(help="Heads to show, such as 1,5; default: the mean of all.")] = None,
     start: Start = 0.0,
     duration: Duration = None,
-    device: Device = None,
+    device: Device = "auto",
 ):
     """Draw a recording as the encoder sees it: waveform, log-mel features, patch tokens and attention.
 
@@ -106,7 +106,7 @@ def similar(
     checkpoint: Annotated[str | None, typer.Option(help="The table's checkpoint, if it lies elsewhere now.")] = None,
     start: Start = 0.0,
     duration: Duration = None,
-    device: Device = None,
+    device: Device = "auto",
 ):
     """Find what sounds like a recording in a table of embeddings: the rows with the largest cosines.
 

@@ -49,6 +49,13 @@ class View:
     attention: torch.Tensor
 
 
+def pick_device(device: str) -> str:
+    """The device itself or, for "auto", the kind of GPU that there is, and else "cpu"."""
+    if device != "auto":
+        return device
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
 @torch.inference_mode()
 def look(model: BatModel, waveform: torch.Tensor, block: int) -> View:
     """Encode a recording (samples,) as long as it is and gather what there is to see.
@@ -172,7 +179,7 @@ def show(
     *,
     checkpoint: str | Path | None = None,
     untrained: bool = False,
-    device: str | None = None,
+    device: str = "auto",
     block: int | None = None,
     heads: Sequence[int] | None = None,
     start: float = 0.0,
@@ -188,7 +195,7 @@ def show(
         source: sound file of any rate and format that `load_audio` reads.
         out: .png, .pdf or .svg; replaced if it is there.
         checkpoint, untrained: the weights, as in `load_pretrained_encoder`.
-        device: to encode on; None for a CUDA GPU where there is one, and else the CPU.
+        device: to encode on, such as cuda:1; "auto" for a GPU where there is one, and else the CPU.
         block: whose attention to show, 1 for the one next to the input; None for the last.
         heads: to show each by itself, from 1; None for the mean of all.
         start, duration: the part of the file, in seconds; a duration of None reaches to its end.
@@ -204,8 +211,7 @@ def show(
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
     require("matplotlib.figure")  # before the work
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_pretrained_encoder(device, checkpoint=checkpoint, untrained=untrained)
+    model = load_pretrained_encoder(pick_device(device), checkpoint=checkpoint, untrained=untrained)
     config = model.config
     block = config.num_hidden_layers if block is None else block
     if not 1 <= block <= config.num_hidden_layers:

@@ -1,13 +1,13 @@
 """Search in a table of embeddings: the rows that sound most like a recording, by cosine, exactly.
 
-The table is a folder that `bat-audio embed` writes: metadata.json, and part-*.parquet with the columns `id`, `path`,
-`start_s`, `end_s` and `embedding`, a list of fixed size.
+The table is a folder that `bat-audio embed` writes: metadata.json and, in it or below, part-*.parquet with the columns
+`id`, `path`, `start_s`, `end_s` and `embedding`, a list of fixed size.
 
 Shapes: D width of the embeddings.
 """
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from torch import nn
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
+from bat_audio.tools.show import pick_device
 
 PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
 POOLS = ("cls", "mean", "cls+mean")
@@ -32,22 +33,21 @@ def similar(
     k: int = 10,
     *,
     checkpoint: str | Path | None = None,
-    device: str | None = None,
+    device: str = "auto",
     start: float = 0.0,
     duration: float | None = None,
 ) -> list[dict]:
     """The rows of a table that are nearest to a recording, see `nearest_rows`.
 
-    The recording gets one embedding, however long it is, as the table's rows have got theirs: with the checkpoint and
-    the pooling that metadata.json names. To ask for a part of it, as long as the table's segments, use `start` and
-    `duration`.
+    The recording gets one embedding, however long it is, with the checkpoint, the pooling and the padding of the table,
+    which metadata.json names. With `start` and `duration` it can be a part as long as the table's segments.
 
     Args:
         query: sound file of any rate and format that `load_audio` reads.
         table: folder of `bat-audio embed`, or its address, such as s3://bucket/folder.
         k: most rows to give.
         checkpoint: where the table's checkpoint lies now, if not where metadata.json says.
-        device: to encode on; None for a CUDA GPU where there is one, and else the CPU.
+        device: to encode on, such as cuda:1; "auto" for a GPU where there is one, and else the CPU.
         start, duration: the part of the recording, in seconds; a duration of None reaches to its end.
 
     Raises:
@@ -60,34 +60,35 @@ def similar(
     metadata_file = f"{folder}/metadata.json"
     try:
         metadata = json.loads(files.cat_file(metadata_file))
-        named, commit, pool = metadata["checkpoint"], metadata["commit"], metadata["settings"]["pool"]
+        named, commit, settings = metadata["checkpoint"], metadata["commit"], metadata["settings"]
+        pool, num_frames = settings["pool"], settings["num_frames"]
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{metadata_file} does not tell checkpoint, commit and pool ({type(error).__name__}: {error}), so the "
+            f"{metadata_file} does not tell checkpoint, commit and settings ({type(error).__name__}: {error}), so the "
             "recording cannot be embedded alike. Name a folder of bat-audio embed."
         ) from error
     if pool not in POOLS:
         raise ValueError(f"{metadata_file}: pool={pool!r} is not known; expected {', '.join(POOLS)}.")
     is_named = checkpoint is None
     model = load_pretrained_encoder(
-        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        pick_device(device),
         checkpoint=named if is_named else checkpoint,
         revision=commit if is_named else None,
     )
     waveform = BatFeatureExtractor.from_model_config(model.config).load_audio(query, start, duration)
-    return nearest_rows(embed(model, waveform, pool), table, k)
+    return nearest_rows(embed(model, waveform, pool, num_frames), table, k)
 
 
 @torch.inference_mode()
-def embed(model: BatModel, waveform: torch.Tensor, pool: str) -> torch.Tensor:
+def embed(model: BatModel, waveform: torch.Tensor, pool: str, num_frames: int) -> torch.Tensor:
     """One embedding (D,) of a recording (samples,): "cls", "mean" over the patches that hold sound, or both in a row.
 
-    Shorter recordings are zero-padded to the length of the model's input, longer ones run in chunks.
+    Shorter features are zero-padded to `num_frames`; what is longer than a chunk of the model runs in several.
     """
     config = model.config
     processor = BatFeatureExtractor.from_model_config(config).processor
     num_patches = -(-len(waveform) // (config.patch_size[0] * config.hop_length))
-    frames = max(num_patches * config.patch_size[0], config.input_shape[0])
+    frames = max(num_patches * config.patch_size[0], num_frames)
     output = model(fit_frames(processor.log_mel(waveform), frames).to(model.device))
     cls, mean = output.pooler_output[0], output.patch_tokens[0, :, :num_patches].mean(dim=(1, 2))
     return {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean])}[pool].float().cpu()
@@ -124,7 +125,7 @@ def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[di
                     cosines = torch.cat([cosines, nn.functional.cosine_similarity(vectors, query, dim=1)])
                     order = cosines.argsort(descending=True, stable=True)[:k]
                     cosines = cosines[order]
-                    best = [pa.concat_tables([*best, pa.table(batch.select(PLACE))]).take(order.numpy())]
+                    best = [pa.concat_tables([*best, pa.Table.from_batches([batch.select(PLACE)])]).take(order.numpy())]
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{shard} cannot be read ({error}). If it is damaged, make the table again.") from error
     rows = best[0].to_pylist() if best else []
@@ -135,7 +136,7 @@ def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[di
 
 
 def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
-    shards = sorted(files.glob(f"{folder}/part-*.parquet"))
+    shards = sorted(file for file in files.find(folder) if PurePosixPath(file).match("part-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"{folder} holds no part-*.parquet; name a folder that bat-audio embed has written.")
     return shards
