@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 
 from bat_audio import BatAudioProcessor
 from bat_audio.tools.cli import app
-from bat_audio.tools.show import FORMATS, component_colours, draw, look, principal_components, show
+from bat_audio.tools.show import (
+    FORMATS,
+    OUTLINE_POINTS,
+    component_colours,
+    draw,
+    look,
+    outline,
+    principal_components,
+    show,
+)
 
 RATE = 16000
 PATCH = 16 * 160  # samples
@@ -96,6 +105,16 @@ def test_colours_tell_the_components_apart():
     assert np.array_equal(component_colours(torch.zeros(2, 4, 3)), np.full((2, 4, 3), 0.5))  # nothing to tell apart
 
 
+@pytest.mark.parametrize("samples", [1, 4000, 4001, 12345])
+def test_outline_holds_the_extremes_of_every_stretch(samples):
+    waveform = noise(samples)
+    places, values = outline(waveform)
+    step = math.ceil(samples / OUTLINE_POINTS)
+    parts = waveform.split(step)
+    assert places.tolist() == [step * i for i in range(len(parts)) for _ in range(2)]
+    assert values.tolist() == [value.item() for part in parts for value in (part.min(), part.max())]
+
+
 def panels_of(figure):
     """The left axes by the first word of their titles."""
     return {axis.get_title().split()[0]: axis for axis in figure.axes if axis.get_title()}
@@ -115,8 +134,10 @@ def test_drawn_arrays(heads):
     assert [title.split(", ")[1] for title in titles] == (
         ["mean of 2 heads"] if heads is None else [f"head {head}" for head in heads]
     )
-    drawn = panels_of(figure)["Waveform"].lines[0].get_ydata()
-    assert np.array_equal(drawn, view.waveform)
+    line = panels_of(figure)["Waveform"].lines[0]
+    places, samples = outline(view.waveform)
+    np.testing.assert_allclose(line.get_xdata(), places / RATE)
+    assert np.array_equal(line.get_ydata(), samples)
     percents = [f"{part:.0%}" for part in view.explained.tolist()]
     assert ", ".join(percents) in panels_of(figure)["Patch"].get_title()
 
@@ -144,7 +165,7 @@ def test_a_click_lies_at_its_time(start, click):
     figure = draw(look(tiny_model(), waveform, 1), CONFIG, name="click", block=1, start=start)
     panels = panels_of(figure)
     line = panels["Waveform"].lines[0]
-    assert line.get_xdata()[np.argmax(line.get_ydata())] == pytest.approx(start + click, abs=1 / RATE)
+    assert line.get_xdata()[np.argmax(line.get_ydata())] == pytest.approx(start + click, abs=4 / RATE)
     image = panels["Log-mel"].images[0]
     left, right, *_ = image.get_extent()
     levels = image.get_array().sum(axis=0)

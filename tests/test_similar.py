@@ -223,7 +223,10 @@ def spoil_nan(table):
 
 
 def spoil_null(table):
-    change(table, "embedding", pa.array([[1.0, 2.0, 3.0], None, [1.0, 2.0, 3.0]], pa.list_(pa.float32(), 3)))
+    try:
+        change(table, "embedding", pa.array([[1.0, 2.0, 3.0], None, [1.0, 2.0, 3.0]], pa.list_(pa.float32(), 3)))
+    except pa.ArrowNotImplementedError:
+        pytest.skip("This pyarrow writes no such table.")
 
 
 def spoil_list(table):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.audio_utils import hertz_to_mel
 
 from bat_audio.configuration_bat import BatConfig
@@ -22,6 +23,7 @@ from bat_audio.tools.data import require
 
 FORMATS = (".png", ".pdf", ".svg")
 DPI = 120  # also of what PDF and SVG hold as pixels
+OUTLINE_POINTS = 4000  # of a waveform, more than there are pixels in a row
 FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000, 16000)  # Hz
 # What the components 1, 2 and 3 add to grey (R, G, B): brightness, blue to yellow, green to red. So the first two stay
 # apart for red-green colour-blind eyes.
@@ -95,6 +97,17 @@ def principal_components(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor
     return (centred @ axes).float(), (variances / variances.sum())[:count].float()
 
 
+def outline(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where to put which samples so that a line through them looks like all (samples,).
+
+    The lowest and the highest of every few samples, in turn: a line through millions takes minutes to draw.
+    """
+    step = -(-len(waveform) // OUTLINE_POINTS)
+    high = nn.functional.max_pool1d(waveform[None], step, ceil_mode=True)[0]
+    low = -nn.functional.max_pool1d(-waveform[None], step, ceil_mode=True)[0]
+    return step * torch.arange(len(high)).repeat_interleave(2), torch.stack([low, high], dim=1).flatten()
+
+
 def component_colours(components: torch.Tensor) -> np.ndarray:
     """RGB colours in 0..1 of coordinates (..., 3): grey for the mean, each component at its own scale."""
     scale = components.flatten(0, -2).abs().quantile(FULL_COLOUR, dim=0)
@@ -137,8 +150,8 @@ def draw(
         panel.set_yticks(hertz_to_mel(np.array(ticks, dtype=float), mel_scale="htk"), labels=[f"{t:,}" for t in ticks])
         return panel.imshow(values.swapaxes(0, 1), extent=extent, origin="lower", aspect="auto", **options)
 
-    times = start + np.arange(len(view.waveform)) / config.sample_rate
-    panels[0].plot(times, view.waveform, color="#0072B2", linewidth=0.6, rasterized=True)
+    places, samples = outline(view.waveform)
+    panels[0].plot(start + places / config.sample_rate, samples, color="#0072B2", linewidth=0.6)
     panels[0].set_title(f"Waveform of {name}")
     panels[0].set_ylabel("Amplitude")
     panels[0].grid(alpha=0.3)
