@@ -8,17 +8,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
 from conftest import ROOT, run, run_python
 from hub_server import HubServer
+from pyarrow import parquet
 from safetensors.torch import load_file
+
+from bat_audio.load_model import HUB_COMMIT, HUB_REPOSITORY
 
 pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
-TASKS = README[README.index("## From encoder to finished task") : README.index("## Shapes")]
+TASKS = README[README.index("## From encoder to finished task") : README.index("## Looking at it")]
+LOOKING = README[README.index("## Looking at it") : README.index("## Shapes")]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.replace(TASKS, ""), re.DOTALL)
 SIZES = re.compile(r"torch\.Size\(\[[\d, ]+\]\)")
 # What each line prints, if a comment says so.
@@ -90,6 +95,24 @@ def test_tasks_one_after_the_other(clone, installed_folder):
     check = "import sys; from huggingface_hub import hf_hub_download; print(hf_hub_download(*sys.argv[1:]))"
     published = run_python(check, "me/my-model", "model.safetensors", **environment).stdout.strip()
     assert Path(published).read_bytes() == (folder / "my-model" / "model.safetensors").read_bytes()
+
+
+def test_looking_at_it(clone, installed_folder):
+    folder, environment = clone
+    environment = {**environment, "PYTHONPATH": str(installed_folder)}
+    table = folder / "embeddings"
+    table.mkdir()
+    vectors = pa.array(np.random.default_rng(0).standard_normal((6, 768)).tolist(), pa.list_(pa.float32(), 768))
+    places = {"id": list("abcdef"), "path": list("abcdef"), "start_s": [0.0] * 6, "end_s": [10.24] * 6}
+    parquet.write_table(pa.table({**places, "embedding": vectors}), table / "part-00000.parquet")
+    metadata = {"checkpoint": HUB_REPOSITORY, "commit": HUB_COMMIT, "settings": {"pool": "cls", "num_frames": 1024}}
+    (table / "metadata.json").write_text(json.dumps(metadata))
+    for code in re.findall(r"```bash\n(.*?)```", LOOKING, re.DOTALL):
+        command = [sys.executable, "-m", "bat_audio.tools.cli", *code.split()[1:]]
+        printed = run(command, cwd=folder, **environment).stdout
+    assert (folder / "guitar.png").exists()
+    assert (folder / "tabla.png").exists()
+    assert len(printed.splitlines()) == 1 + 5  # of the search, the last of the commands
 
 
 def test_load_model_transcript(clone):

@@ -1,4 +1,4 @@
-"""What a Hub snapshot does not need: training, conversion, export and publishing; see `bat_audio.tools.cli`."""
+"""What a Hub snapshot does not need: pictures, search, training, conversion, export and publishing; see `cli`."""
 
 import sys
 

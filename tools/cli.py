@@ -1,4 +1,4 @@
-"""The command line `bat-audio`: fine-tune, convert, export and publish BAT models."""
+"""The command line `bat-audio`: look at sounds, and fine-tune, convert, export and publish BAT models."""
 
 import functools
 import inspect
@@ -15,6 +15,13 @@ from bat_audio.tools.recipes import FinetuneSettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Folder, .safetensors or Hub name; default: the published weights.")
+]
+Untrained = Annotated[bool, typer.Option("--untrained", help="Take random weights, to try things out.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")]
+Start = Annotated[float, typer.Option(help="Where the part of the recording begins, in seconds.")]
+Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
 
 
 def command(function: Callable) -> Callable:
@@ -54,6 +61,70 @@ def _options_of(settings_class: type) -> list[inspect.Parameter]:
     return parameters
 
 
+def _numbers(text: str, option: str) -> list[int]:
+    """The numbers in "1,5", or a usage error that names the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r}: expected numbers with commas between, such as 1,5.", param_hint=option
+        ) from error
+
+
+@command
+def show(
+    source: Annotated[Path, typer.Argument(help="Sound file of any format, rate and length.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")],
+    checkpoint: Checkpoint = None,
+    untrained: Untrained = False,
+    block: Annotated[int | None, typer.Option(help="Block whose attention to show, from 1; default: the last.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads to show, such as 1,5; default: the mean of all.")] = None,
+    start: Start = 0.0,
+    duration: Duration = None,
+    device: Device = "auto",
+):
+    """Draw a recording as the encoder sees it: waveform, log-mel features, patch tokens and attention.
+
+    \b
+    bat-audio show clip.wav -o picture.png
+    bat-audio show clip.wav -o picture.pdf --block 6 --heads 1,5 --start 30 --duration 10
+    """
+    from bat_audio.tools.show import show
+
+    numbers = None if heads is None else _numbers(heads, "--heads")
+    options = {"checkpoint": checkpoint, "untrained": untrained, "device": device, "start": start, "duration": duration}
+    show(source, out, block=block, heads=numbers, **options)
+    typer.echo(f"wrote {out}")
+
+
+@command
+def similar(
+    query: Annotated[Path, typer.Argument(help="Sound file of any format, rate and length.")],
+    table: Annotated[str, typer.Argument(help="Folder of bat-audio embed, or its address (s3://bucket/folder).")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Most rows to give.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list in JSON.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="The table's checkpoint, if it lies elsewhere now.")] = None,
+    start: Start = 0.0,
+    duration: Duration = None,
+    device: Device = "auto",
+):
+    """Find what sounds like a recording in a table of embeddings: the rows with the largest cosines.
+
+    \b
+    bat-audio similar clip.wav embeddings/ -k 5
+    bat-audio similar clip.wav embeddings/ --start 30 --duration 10.24 --json
+    """
+    from bat_audio.tools.similar import similar
+
+    rows = similar(query, table, k, checkpoint=checkpoint, device=device, start=start, duration=duration)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    typer.echo("rank  cosine   start_s     end_s  path")
+    for row in rows:
+        typer.echo("{rank:4}  {cosine:.4f}  {start_s:8.2f}  {end_s:8.2f}  {path}".format(**row))
+
+
 def finetune(**options):
     """Fine-tune BAT, or probe it frozen, on labelled sounds; writes a model folder with a card.
 
@@ -85,6 +156,7 @@ def convert(
 ):
     """Convert a checkpoint or trained probe of the authors' code into a model folder.
 
+    \b
     bat-audio convert BAT_base.pt bat-base
     """
     from bat_audio.tools.convert import convert
@@ -103,6 +175,7 @@ def export(
 ):
     """Export a model as one file, checked against PyTorch on fresh inputs.
 
+    \b
     bat-audio export my-model my-model.onnx --format onnx --from-waveform
     """
     from bat_audio.tools.export import export
@@ -122,6 +195,7 @@ def publish(
 ):
     """Assemble a complete Hub repository, check that it loads with the same outputs, and upload it in one commit.
 
+    \b
     bat-audio publish my-model me/my-model --private
     """
     from bat_audio.tools.publish import publish

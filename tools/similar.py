@@ -1,0 +1,168 @@
+"""Search in a table of embeddings: the rows that sound most like a recording, by cosine, exactly.
+
+The table is a folder that `bat-audio embed` writes: metadata.json and, in it or below, part-*.parquet with the columns
+`id`, `path`, `start_s`, `end_s` and `embedding`, a list of fixed size.
+
+Shapes: D width of the embeddings.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import torch
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from pyarrow import parquet
+from torch import nn
+
+from bat_audio.load_model import load_pretrained_encoder
+from bat_audio.modeling_bat import BatModel
+from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
+from bat_audio.tools.show import pick_device
+
+PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
+POOLS = ("cls", "mean", "cls+mean")
+BATCH_ROWS = 4096  # read and compared at once
+
+
+def similar(
+    query: str | Path,
+    table: str | Path,
+    k: int = 10,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    start: float = 0.0,
+    duration: float | None = None,
+) -> list[dict]:
+    """The rows of a table that are nearest to a recording, see `nearest_rows`.
+
+    The recording gets one embedding, however long it is, with the checkpoint, the pooling and the padding of the table,
+    which metadata.json names. With `start` and `duration` it can be a part as long as the table's segments.
+
+    Args:
+        query: sound file of any rate and format that `load_audio` reads.
+        table: folder of `bat-audio embed`, or its address, such as s3://bucket/folder.
+        k: most rows to give.
+        checkpoint: where the table's checkpoint lies now, if not where metadata.json says.
+        device: to encode on, such as cuda:1; "auto" for a GPU where there is one, and else the CPU.
+        start, duration: the part of the recording, in seconds; a duration of None reaches to its end.
+
+    Raises:
+        ValueError: an unreadable recording, a checkpoint whose embeddings have another width, or as in `nearest_rows`.
+        OSError: no recording, table or weights.
+        ImportError: soundfile or soxr is missing.
+    """
+    files, folder = url_to_fs(str(table))
+    _find_shards(files, folder)  # what is wrong with the table shows before the work
+    metadata_file = f"{folder}/metadata.json"
+    try:
+        metadata = json.loads(files.cat_file(metadata_file))
+        named, commit, settings = metadata["checkpoint"], metadata["commit"], metadata["settings"]
+        pool, num_frames = settings["pool"], settings["num_frames"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{metadata_file} does not tell checkpoint, commit and settings ({type(error).__name__}: {error}), so the "
+            "recording cannot be embedded alike. Name a folder of bat-audio embed."
+        ) from error
+    if pool not in POOLS:
+        raise ValueError(f"{metadata_file}: pool={pool!r} is not known; expected {', '.join(POOLS)}.")
+    is_named = checkpoint is None
+    model = load_pretrained_encoder(
+        pick_device(device),
+        checkpoint=named if is_named else checkpoint,
+        revision=commit if is_named else None,
+    )
+    waveform = BatFeatureExtractor.from_model_config(model.config).load_audio(query, start, duration)
+    return nearest_rows(embed(model, waveform, pool, num_frames), table, k)
+
+
+@torch.inference_mode()
+def embed(model: BatModel, waveform: torch.Tensor, pool: str, num_frames: int) -> torch.Tensor:
+    """One embedding (D,) of a recording (samples,): "cls", "mean" over the patches that hold sound, or both in a row.
+
+    Shorter features are zero-padded to `num_frames`; what is longer than a chunk of the model runs in several.
+    """
+    config = model.config
+    processor = BatFeatureExtractor.from_model_config(config).processor
+    num_patches = -(-len(waveform) // (config.patch_size[0] * config.hop_length))
+    frames = max(num_patches * config.patch_size[0], num_frames)
+    output = model(fit_frames(processor.log_mel(waveform), frames).to(model.device))
+    cls, mean = output.pooler_output[0], output.patch_tokens[0, :, :num_patches].mean(dim=(1, 2))
+    return {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean])}[pool].float().cpu()
+
+
+def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[dict]:
+    """The k rows of a table with the largest cosines to an embedding (D,), the largest first.
+
+    Every row is compared, in float64, with a few thousand in memory at a time. Rows with equal cosines keep their order
+    in the table.
+
+    Returns:
+        A dict for each row, with `rank` from 1, `cosine` in -1..1, `id`, `path`, `start_s` and `end_s`; fewer than k
+        where the table has no more rows.
+
+    Raises:
+        ValueError: k below 1, an embedding with NaN or of another width than the table's, or shards that are damaged,
+            lack a column or hold NaN; the message names the file.
+        FileNotFoundError: no shards in the folder.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1.")
+    if not query.isfinite().all():
+        raise ValueError("The query's embedding holds NaN or infinite values; use another checkpoint.")
+    query = query.double()
+    files, folder = url_to_fs(str(table))
+    best, cosines = [], query.new_empty(0)
+    for shard in _find_shards(files, folder):
+        try:
+            with parquet.ParquetFile(shard, filesystem=files) as file:
+                _check_columns(shard, file.schema_arrow, len(query))
+                for batch in file.iter_batches(BATCH_ROWS, columns=[*PLACE, "embedding"]):
+                    vectors = _vectors(shard, batch)
+                    cosines = torch.cat([cosines, nn.functional.cosine_similarity(vectors, query, dim=1)])
+                    order = cosines.argsort(descending=True, stable=True)[:k]
+                    cosines = cosines[order]
+                    best = [pa.concat_tables([*best, pa.Table.from_batches([batch.select(PLACE)])]).take(order.numpy())]
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{shard} cannot be read ({error}). If it is damaged, make the table again.") from error
+    rows = best[0].to_pylist() if best else []
+    return [
+        {"rank": rank, "cosine": cosine, **row}
+        for rank, (cosine, row) in enumerate(zip(cosines.tolist(), rows, strict=True), start=1)
+    ]
+
+
+def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
+    shards = sorted(file for file in files.find(folder) if PurePosixPath(file).match("part-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no part-*.parquet; name a folder that bat-audio embed has written.")
+    return shards
+
+
+def _check_columns(shard: str, schema: pa.Schema, width: int):
+    missing = [column for column in (*PLACE, "embedding") if column not in schema.names]
+    if missing:
+        raise ValueError(f"{shard} lacks the columns {', '.join(missing)}; name a folder of bat-audio embed.")
+    kind = schema.field("embedding").type
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
+        raise ValueError(
+            f"{shard}: the embeddings are {kind}, but the query's has {width} values. Use the checkpoint that "
+            "metadata.json of the table names."
+        )
+
+
+def _vectors(shard: str, batch: pa.RecordBatch) -> torch.Tensor:
+    """The embeddings of a batch of rows as (rows, D), in float64."""
+    column = batch["embedding"]
+    if column.null_count:
+        raise ValueError(f"{shard} holds rows without an embedding. Make the table again.")
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    vectors = torch.from_numpy(values).unflatten(0, (len(column), -1))
+    bad = (~vectors.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        row = batch.select(PLACE).slice(bad[0].item(), 1).to_pylist()[0]
+        raise ValueError(f"{shard} holds NaN or infinite values in the row {row}. Make the table again.")
+    return vectors
