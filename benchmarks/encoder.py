@@ -31,7 +31,7 @@ from benchmarks.harness import (
 )
 
 SECOND_FRAMES = 112  # of a clip of 1 s, in whole patches
-SOUNDS = [file for file in sorted((ROOT / "examples").iterdir()) if file.suffix != ".md"]
+SOUNDS = [file for file in sorted((ROOT / "examples").iterdir()) if file.suffix not in (".md", ".png")]
 
 
 class Product(NamedTuple):
