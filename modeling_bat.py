@@ -766,7 +766,7 @@ class BatForClassification(BatPreTrainedModel):
 
     per_frame: bool
     output_class: type[ModelOutput]
-    # Trainer would otherwise leave the mean over gradient accumulation steps to a model wrapped by PEFT.
+    # The loss is a mean, so Trainer is to divide it by the accumulation steps, whatever wraps the model.
     accepts_loss_kwargs = False
 
     def __init__(self, config: BatConfig):
