@@ -12,7 +12,6 @@ Works beside the other files of the repository (a folder on sys.path, a Hub snap
 import argparse
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._triton import has_triton
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 from transformers.utils import logging
 
@@ -31,7 +31,7 @@ HUB_COMMIT = "175109327540c72f4b678b149e7cfaf0ee45d3e9"
 HERE = Path(__file__).parent  # not resolved: the files of a Hub snapshot are links into another folder
 # A plain folder is remote code to Transformers; the installed package has registered its classes.
 AUTO_OPTIONS = {"trust_remote_code": not __package__}
-CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++", "cl")  # that torch.compile looks for
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNTRAINED_NOTICE = "UNTRAINED: this encoder has random weights. Its numbers mean nothing."
 
 SAVE_HELP = "also write the float32 tensors FILE:last_hidden_state (tokens, width) and FILE:pooler_output (width,) here"
@@ -63,10 +63,12 @@ def load_pretrained_encoder(
         revision: commit, branch or tag on the Hub; by default a pinned commit of the published release, "main" of
             another repository.
         untrained: random weights instead, for trying things out; they are announced by a warning.
-        compile: compile the blocks on their first call, one for all, for faster inference and training.
+        compile: compile the blocks on their first call, one for all, for faster inference and training. (Training
+            with stochastic depth compiles one for each of its rates, and by torch's default no more than eight.)
         quantization: "int8" for the blocks' linear layers with 8-bit weights (per output channel) and inputs (per
-            token), by torchao; for inference, and fast only together with `compile`.
-        **kwargs: more options for `BatModel.from_pretrained`, for example `attn_implementation` or `strict`.
+            token), by torchao; for inference, fast only together with `compile`, and not to be saved.
+        **kwargs: more options for `BatModel.from_pretrained`, for example `attn_implementation` or `strict`, but no
+            fields of the config.
 
     Raises:
         OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do. Or
@@ -83,8 +85,10 @@ def load_pretrained_encoder(
         _check_compiler(device)
     quantization_config = None if quantization is None else _quantization_config(quantization, device)
     dtype = torch.float32 if dtype is None else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f'dtype={dtype!r} is not a floating-point type of torch, such as "float32" or "bfloat16".')
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype={dtype!r} is not one in which encoders run; expected one of {', '.join(map(str, DTYPES))}."
+        )
     weights = None if untrained else find_weights(checkpoint, revision)
     config = AutoConfig.from_pretrained(HERE, **AUTO_OPTIONS)
     if weights is None:
@@ -143,12 +147,23 @@ def _check_device(device: str | torch.device):
 
 
 def _check_compiler(device: str | torch.device | None):
-    """An OSError where blocks for the CPU cannot be compiled; else it would come with the first clip, and be long."""
-    if torch.device(device or "cpu").type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
+    """An OSError where blocks cannot be compiled; else it would come with the first clip, and be long."""
+    device_type = torch.device(device or "cpu").type
+    if device_type == "cuda" and not has_triton():
         raise OSError(
-            f"compile=True needs a C++ compiler on a CPU, and none of {', '.join(CXX_COMPILERS)} is there. Install one "
-            "(for example apt install g++), or leave compile out."
+            "compile=True needs Triton and a GPU of compute capability 7.0 or newer on CUDA. Install a torch build "
+            "that brings Triton, or leave compile out."
         )
+    if device_type == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise OSError(
+                "compile=True needs a C++ compiler on a CPU, g++ or what the variable CXX names. Install one (for "
+                "example apt install g++), or leave compile out."
+            ) from error
 
 
 def _quantization_config(quantization: str, device: str | torch.device | None):
@@ -162,14 +177,15 @@ def _quantization_config(quantization: str, device: str | torch.device | None):
         raise ImportError(f'quantization="int8" needs torchao 0.18 or newer ({error}): pip install torchao') from error
     device = torch.device(device or "cpu")
     if device.type not in ("cpu", "cuda"):
-        reason = f"there is no 8-bit matrix product for {device.type}"
+        reason, instead = f"there is no 8-bit matrix product for {device.type}", 'dtype="bfloat16"'
     elif device.type == "cpu" and should_reduce_range(device):
-        reason = "this CPU lacks the instructions VNNI, without which 8 bits are slower than 32"
+        reason, instead = "torch finds no AVX512-VNNI, without which 8 bits are slower than 32", "compile=True"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        instead = 'dtype="float16"'
     else:
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)  # which would hold for other models too
-    raise ValueError(f'quantization="int8" is of no use here: {reason}. Use dtype="bfloat16" or compile=True instead.')
+    raise ValueError(f'quantization="int8" is of no use here: {reason}. Use {instead} instead.')
 
 
 def find_weights(checkpoint: str | Path | None = None, revision: str | None = None) -> Path:

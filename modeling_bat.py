@@ -344,11 +344,11 @@ class JoinedChunks:
 
     def __init__(self, batch: int, num_tokens: int):
         self.batch, self.num_tokens = batch, num_tokens
-        self.stop, self.layers, self.cls_tokens = 1, [], []
+        self.stop, self.layers, self.cls_tokens = 1, [], []  # patches go in from `stop` on
 
     def add(self, layers: list[torch.Tensor]):
         """The next pass, the tokens (B*C, S, D) of each layer with the chunks of each clip in a row."""
-        if layers[0].shape[:2] == (self.batch, self.num_tokens):  # the only one
+        if layers[0].shape[:2] == (self.batch, self.num_tokens):  # the only pass, of one chunk
             self.layers = layers
             return
         if not self.layers:
@@ -357,7 +357,8 @@ class JoinedChunks:
         start, self.stop = self.stop, self.stop + patches[0].shape[1]
         for layer, part in zip(self.layers, patches, strict=True):
             layer[:, start : self.stop] = part
-        self.cls_tokens.append([tokens[:, 0].unflatten(0, (self.batch, -1)).clone() for tokens in layers])  # (B, C, D)
+        # (B, C, D) of each layer; views would keep all its tokens.
+        self.cls_tokens.append([tokens[:, 0].unflatten(0, (self.batch, -1)).clone() for tokens in layers])
 
     def finish(self) -> tuple[torch.Tensor, ...]:
         """The whole input's tokens (B, 1 + N, D) of each layer."""
@@ -493,21 +494,28 @@ class BatModel(BatPreTrainedModel):
                 patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
         return [*all_hidden_states, hidden_states], all_attentions, cls_tokens, patch_mix
 
-    def _encode_in_cache(self, chunks: torch.Tensor, *options):
+    def _encode_in_parts(
+        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, mix_patches: Callable | None
+    ):
         """`_encode_pass`, for inference on a CPU with a few rows at a time.
 
         The working set of one clip per core stays in cache, which is faster than a whole batch and takes less memory.
         """
+
+        def join(parts: tuple[list[torch.Tensor], ...]) -> list[torch.Tensor]:
+            return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
         rows = len(chunks)
         if chunks.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             clip_frames = self.config.chunk_time_patches * self.config.patch_size[0]
             rows = max(1, torch.get_num_threads() * clip_frames // chunks.shape[2])
+        options = output_hidden_states, output_attentions, mix_patches
         parts = [self._encode_pass(part, *options) for part in chunks.split(rows)]
         if len(parts) == 1:
             return parts[0]
-        *layers, patch_mixes = zip(*parts, strict=True)
-        joined = ([torch.cat(layer) for layer in zip(*part, strict=True)] for part in layers)
-        return *joined, None if patch_mixes[0] is None else torch.cat(patch_mixes)
+        layers, attentions, cls_tokens, patch_mixes = zip(*parts, strict=True)
+        patch_mix = None if patch_mixes[0] is None else torch.cat(patch_mixes)
+        return join(layers), join(attentions), join(cls_tokens), patch_mix
 
     def _merge_attentions(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
         """Join the attention weights of all passes [(B*C, H, S, S)], the last one padded, into (B*C, H, S, S)."""
@@ -541,20 +549,21 @@ class BatModel(BatPreTrainedModel):
         num_tokens = 1 + features.shape[2] // self.config.patch_size[0] * self.config.grid_size[1]
         is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         mixes_again = head is not None and is_checkpointed and self.is_frozen and not features.requires_grad
-        chunks_joined, passes_rest = JoinedChunks(batch, num_tokens), []
+        mix_patches = None if head is None else head.mix_patches
+        joined_chunks, passes = JoinedChunks(batch, num_tokens), []
         for chunks in self._split_chunks(features):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
-                layers, *rest = self._encode_in_cache(
-                    chunks, output_hidden_states, output_attentions, None if head is None else head.mix_patches
+                layers, attentions, cls_tokens, patch_mix = self._encode_in_parts(
+                    chunks, output_hidden_states, output_attentions, mix_patches
                 )
-            if mixes_again and head.mixes_blocks and rest[-1] is not None:
+            if mixes_again and head.mixes_blocks and patch_mix is not None:
                 encode_again = functools.partial(self._encode_pass, chunks, False, False)
-                rest[-1] = MixingAgain.apply(rest[-1], head.block_attention, head, encode_again)
-            passes_rest.append(rest)
-            chunks_joined.add(layers)
-        all_hidden_states = chunks_joined.finish()
+                patch_mix = MixingAgain.apply(patch_mix, head.block_attention, head, encode_again)
+            joined_chunks.add(layers)
+            passes.append((attentions, cls_tokens, patch_mix))
+        all_hidden_states = joined_chunks.finish()
         last_hidden_state = all_hidden_states[-1]
-        attentions, cls_tokens, patch_mixes = zip(*passes_rest, strict=True)
+        attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)  # of each pass
         if output_attentions:
             all_attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
         output = BatModelOutput(
@@ -566,11 +575,12 @@ class BatModel(BatPreTrainedModel):
         )
         if head is None:
             return output, None
-        cls_tokens = torch.cat([torch.stack(layers).unflatten(1, (batch, -1)) for layers in cls_tokens], dim=2)
+        all_cls = torch.cat([torch.stack(layers).unflatten(1, (batch, -1)) for layers in cls_tokens], dim=2)
+        whole_mix = None
         if patch_mixes[0] is not None:  # [(B*C, D, t', f')] -> (B, D, t, f')
             mixes = [mix.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for mix in patch_mixes]
-            patch_mixes = [torch.cat(mixes, dim=2)]
-        return output, head.classify(head.mix_cls(cls_tokens.mean(dim=2)), patch_mixes[0])
+            whole_mix = torch.cat(mixes, dim=2)
+        return output, head.classify(head.mix_cls(all_cls.mean(dim=2)), whole_mix)
 
     def forward(
         self,

@@ -51,6 +51,16 @@ def test_compiled_equals_eager_and_one_graph_serves_all_blocks(folder):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_one_graph_serves_more_blocks_than_torch_compiles_a_function_for():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(num_hidden_layers=10).train()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    model(features(2, 64)).last_hidden_state.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_compiled_encoder_is_saved_and_trained_like_any(folder, tmp_path):
     eager, compiled = (load_pretrained_encoder(checkpoint=folder, compile=compile) for compile in (False, True))
     gradients = []
@@ -109,8 +119,15 @@ def test_int8_where_it_is_of_no_use_is_an_error(folder, monkeypatch):
     with pytest.raises(ValueError, match="of no use here: there is no 8-bit matrix product for meta"):
         load_pretrained_encoder(device="meta", checkpoint=folder, quantization="int8")
     monkeypatch.setattr(utils, "should_reduce_range", lambda device: True)
-    with pytest.raises(ValueError, match=r"of no use here: this CPU lacks .* VNNI"):
+    with pytest.raises(ValueError, match=r"of no use here: torch finds no AVX512-VNNI, .*Use compile=True instead"):
         load_pretrained_encoder(checkpoint=folder, quantization="int8")
+    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(
+        ValueError, match=r"Tesla T4 is older than compute capability 8.0. Use dtype=\"float16\" instead"
+    ):
+        load_pretrained_encoder(device="cuda", checkpoint=folder, quantization="int8")
 
 
 def test_unknown_quantization_is_refused(folder):
@@ -119,6 +136,15 @@ def test_unknown_quantization_is_refused(folder):
 
 
 def test_compiling_without_a_compiler_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(load_model.shutil, "which", lambda program: None)
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(OSError, match=r"compile=True needs a C\+\+ compiler"):
         load_pretrained_encoder(checkpoint=folder, compile=True)
+
+
+def test_compiling_for_a_gpu_without_triton_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "has_triton", lambda: False)
+    with pytest.raises(OSError, match="compile=True needs Triton"):
+        load_pretrained_encoder(device="cuda", checkpoint=folder, compile=True)

@@ -199,9 +199,9 @@ def test_dtype(folder, dtype):
     assert str(model.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("dtype", ["float31", torch.int8])
+@pytest.mark.parametrize("dtype", ["float31", "float8_e4m3fn", torch.int8])
 def test_unknown_dtype_is_refused(folder, dtype):
-    with pytest.raises(ValueError, match="floating-point type of torch"):
+    with pytest.raises(ValueError, match="is not one in which encoders run; expected one of torch"):
         load_pretrained_encoder(checkpoint=folder, dtype=dtype)
 
 
