@@ -21,8 +21,9 @@ fast: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(VENV)/bin/python -m tox run
 
+# For example: make bench ARGS="--only encoder --rounds 3"
 bench: $(INSTALLED)
-	$(VENV)/bin/python -m benchmarks
+	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="see that it runs: 2 rounds, 2 clips, short inputs")
     options = parser.parse_args(arguments)
+    for file in ("config.json", "model.safetensors"):
+        if options.checkpoint is not None and not (options.checkpoint / file).is_file():
+            parser.error(f"--checkpoint {options.checkpoint}: there is no {file}")
     disable_progress_bar()  # of loading, which would cut through the report of what goes on
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(

@@ -4,6 +4,7 @@ Shapes: B clips, T frames, M mel bands, D width, H heads, L blocks; N patch toke
 """
 
 import functools
+import math
 import statistics
 import sys
 import tempfile
@@ -24,13 +25,16 @@ from benchmarks.harness import (
     Table,
     in_fresh_process,
     interleave,
+    median_ratio,
     progress,
     ratio,
+    reason,
     time_calls,
     timing_rows,
 )
 
 SECOND_FRAMES = 112  # of a clip of 1 s, in whole patches
+AST_TOKENS = {"stride": (10, 10), "prefix": 2}  # overlapping patches; tokens for class and distillation
 SOUNDS = [file for file in sorted((ROOT / "examples").iterdir()) if file.suffix not in (".md", ".png")]
 
 
@@ -53,11 +57,17 @@ class Product(NamedTuple):
         return 2 * self.layers * max(self.heads, 1) * self.rows * self.inner * self.columns
 
 
-def matrix_products(config: BatConfig, frames: int) -> list[Product]:
-    """All matrix products of the encoder for a clip of at most one chunk, in their order."""
+def matrix_products(
+    config: BatConfig, frames: int, stride: tuple[int, int] | None = None, prefix: int = 1
+) -> list[Product]:
+    """All matrix products of the encoder for a clip of at most one chunk, in their order.
+
+    For other encoders of this width, `stride` is from patch to patch and `prefix` counts the tokens before the patches.
+    """
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    patches = frames // config.patch_size[0] * config.grid_size[1]
-    tokens, hidden, head_width = patches + 1, int(width * config.mlp_ratio), width // heads
+    sizes = zip((frames, config.n_mels), config.patch_size, stride or config.patch_size, strict=True)
+    patches = math.prod((size - patch) // step + 1 for size, patch, step in sizes)
+    tokens, hidden, head_width = patches + prefix, int(width * config.mlp_ratio), width // heads
     products = [
         Product("patches", 1, 0, patches, config.patch_size[0] * config.patch_size[1], width),
         Product("qkv", layers, 0, tokens, width, 3 * width),
@@ -71,9 +81,12 @@ def matrix_products(config: BatConfig, frames: int) -> list[Product]:
     return [product for product in products if config.use_gate or product.name != "gate"]
 
 
-def count_operations(config: BatConfig, frames: int) -> int:
-    """Floating-point operations of a clip's matrix products, an addition and a multiplication apart."""
-    return sum(product.operations for product in matrix_products(config, frames))
+def count_operations(config: BatConfig, frames: int, **tokens) -> int:
+    """Floating-point operations of a clip's matrix products, an addition and a multiplication apart.
+
+    For transformers' AST, `tokens` is `AST_TOKENS`.
+    """
+    return sum(product.operations for product in matrix_products(config, frames, **tokens))
 
 
 class Floor:
@@ -132,11 +145,16 @@ def floors(
 
 
 def keep_fastest_floor(seconds: dict[str, list[float]]) -> tuple[dict[str, list[float]], str]:
-    """The times with one floor, called so; and which one it was."""
+    """The times with one floor, called so, at their head; and a note that says which one it was.
+
+    Without any floor the times are as they were, and the first case can be their base.
+    """
     kinds = [name for name in seconds if name.startswith("floor")]
+    if not kinds:
+        return seconds, "no floor could be measured, times are over those of the first case"
     fastest = min(kinds, key=lambda name: statistics.median(seconds[name]))
     others = {name: values for name, values in seconds.items() if name not in kinds}
-    return {"floor": seconds[fastest], **others}, fastest
+    return {"floor": seconds[fastest], **others}, f"the fastest floor was taken: {fastest}"
 
 
 def published_way(model: BatModel) -> Callable:
@@ -160,14 +178,15 @@ def encoders(
         import timm
 
         config = BatConfig.from_pretrained(folder)
-        sizes = {"embed_dim": config.hidden_size, "depth": config.num_hidden_layers}
         vit = timm.create_model(
             "vit_base_patch16_224",
             img_size=tuple(config.input_shape),
             in_chans=1,
             num_classes=0,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
-            **sizes,
+            mlp_ratio=config.mlp_ratio,
         )
         return vit.to(device, dtype).eval()
 
@@ -176,30 +195,44 @@ def encoders(
         "eager sdpa": load,
         "compiled": lambda: load(compile=True),
         "compiled whole": lambda: torch.compile(load(), fullgraph=True),
-        "reduce-overhead": lambda: torch.compile(load(), fullgraph=True, mode="reduce-overhead"),
         "int8 compiled": lambda: load(quantization="int8", compile=True),
         "timm ViT-B/16": load_timm,
     }
 
 
-def exported(folder: Path, out: Path, file_format: str, int8: bool = False) -> Callable:
-    """The encoder of an exported file, made if it is not there."""
-    from bat_audio.tools.export import export
+def exported_program(
+    folder: Path, out: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The encoder as torch.export's program, made in float32 on the CPU if it is not there."""
+    from torch.export.passes import move_to_device_pass
 
-    file = out / f"encoder{'-int8' if int8 else ''}.{file_format}"
-    if not file.exists():
-        export(folder, file, format=file_format, int8=int8)
-    if file_format == "pt2":
-        return torch.export.load(file).module()
+    program = torch.export.load(export_once(folder, out / "encoder.pt2", format="pt2"))
+    return move_to_device_pass(program, device).module().to(dtype)
+
+
+def exported_session(folder: Path, out: Path, int8: bool = False) -> Callable:
+    """The encoder in onnxruntime on the CPU, exported if the file is not there."""
     import onnxruntime
 
+    file = export_once(folder, out / f"encoder{'-int8' if int8 else ''}.onnx", format="onnx", int8=int8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda features: session.run(None, {"input_features": features.numpy()})
 
 
-def audio_spectrogram_transformer(config: BatConfig) -> Callable:
+def export_once(folder: Path, file: Path, **options) -> Path:
+    """The file, made if it is not there."""
+    from bat_audio.tools.export import export
+
+    if not file.exists():
+        export(folder, file, **options)
+    return file
+
+
+def audio_spectrogram_transformer(
+    config: BatConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable:
     """transformers' AST of the encoder's width and depth, whose patches overlap: 1214 tokens for 10.24 s."""
     from transformers import ASTConfig, ASTModel
 
@@ -210,9 +243,11 @@ def audio_spectrogram_transformer(config: BatConfig) -> Callable:
         intermediate_size=int(config.hidden_size * config.mlp_ratio),
         max_length=config.input_shape[0],
         num_mel_bins=config.n_mels,
+        time_stride=AST_TOKENS["stride"][0],
+        frequency_stride=AST_TOKENS["stride"][1],
     )
     ast_config._attn_implementation = "sdpa"
-    model = ASTModel(ast_config).eval()
+    model = ASTModel(ast_config).to(device, dtype).eval()
     return lambda features: model(features.squeeze(1))
 
 
@@ -240,47 +275,67 @@ def run(settings: Settings) -> Section:
     calls = {
         **floors(config, batch, "cpu"),
         **encoders(folder),
-        "bfloat16 compiled": lambda: load_pretrained_encoder(checkpoint=folder, dtype="bfloat16", compile=True),
-        "onnxruntime": lambda: exported(folder, settings.scratch, "onnx"),
-        "onnxruntime int8": lambda: exported(folder, settings.scratch, "onnx", int8=True),
-        "torch.export": lambda: exported(folder, settings.scratch, "pt2"),
+        "onnxruntime": lambda: exported_session(folder, settings.scratch),
+        "onnxruntime int8": lambda: exported_session(folder, settings.scratch, int8=True),
+        "torch.export": lambda: exported_program(folder, settings.scratch),
+        "torch.export compiled": lambda: torch.compile(exported_program(folder, settings.scratch)),
         "transformers AST": lambda: audio_spectrogram_transformer(config),
     }
-    del calls["reduce-overhead"]  # CUDA graphs
+    half_calls = {
+        **floors(config, batch, "cpu", torch.bfloat16),
+        "compiled": encoders(folder, dtype=torch.bfloat16)["compiled"],
+    }
+    half_cases = picture_cases(half_calls, config, batch, dtype=torch.bfloat16)
+    cases = {**picture_cases(calls, config, batch), **{f"bfloat16 {name}": case for name, case in half_cases.items()}}
     torch._dynamo.reset()
     with progress("encoder"):
-        seconds, left_out = interleave(picture_cases(calls, config, batch), rounds)
+        seconds, left_out = interleave(cases, rounds)
     section.leave_out(left_out)
+    half = {name: seconds.pop(f"bfloat16 {name}") for name in half_cases if f"bfloat16 {name}" in seconds}
+    clips = f"{batch} clips of {config.input_shape[0] / 100} s"
     seconds, floor = keep_fastest_floor(seconds)
-    section.notes.append(f"The fastest floor was taken: {floor}.")
-    title = f"{batch} clips of {config.input_shape[0] / 100} s, float32 where not named otherwise"
-    section.tables.append(Table(title, timing_rows(seconds, "floor"), "time / floor", 1))
+    section.notes.append(f"float32: {floor}")
+    if seconds:
+        base = next(iter(seconds))
+        section.tables.append(Table(f"{clips} in float32", timing_rows(seconds, base), f"time / {base}", 1))
+    half, floor = keep_fastest_floor(half)
+    section.notes.append(f"bfloat16: {floor}")
+    if half:
+        rows = timing_rows(half, next(iter(half)))
+        if "eager sdpa" in seconds:
+            for row in rows:
+                row["time / eager sdpa in float32"] = ratio(half[row["case"]], seconds["eager sdpa"])
+        section.tables.append(Table(f"{clips} in bfloat16, over a floor of its own", rows))
     for name, target in (("compiled", 1.08), ("eager sdpa", 1.20)):
-        if name in seconds:
-            section.judge(f"{name} encoder / floor", ratio(seconds[name], seconds["floor"]).median, at_most=target)
+        section.judge(f"{name} encoder / floor", median_ratio(seconds, name, "floor"), at_most=target)
 
     model = load_pretrained_encoder(checkpoint=folder)
     lengths = {"1 s": SECOND_FRAMES, "10.24 s": config.input_shape[0]}
     with progress("short clip"):
-        short, _ = interleave(
+        short, left_out = interleave(
             {
                 name: lambda frames=frames: Case(model, lambda: random_features(config, 1, frames))
                 for name, frames in lengths.items()
             },
             rounds,
         )
-    section.tables.append(Table("One clip, eager sdpa", timing_rows(short, "10.24 s")))
-    section.judge("1 s of audio, unpadded / 10.24 s", ratio(short["1 s"], short["10.24 s"]).median, at_most=0.14)
-
-    for name in ("int8 compiled", "onnxruntime int8"):
-        if name in seconds:
-            section.judge(f"eager sdpa / {name}", ratio(seconds["eager sdpa"], seconds[name]).median, at_least=2.0)
-    with progress("tokens of int8"):
-        rows, left_out = token_cosines(settings)
     section.leave_out(left_out)
+    if short:
+        section.tables.append(Table("One clip, eager sdpa", timing_rows(short, [*short][-1])))
+    section.judge("1 s of audio, unpadded / 10.24 s", median_ratio(short, "1 s", "10.24 s"), at_most=0.14)
+
+    for name in INT8_WAYS:
+        section.judge(f"eager sdpa / {name}", median_ratio(seconds, "eager sdpa", name), at_least=2.0)
+    with progress("tokens of int8"):
+        cosines, left_out = token_cosines(settings)
+    section.leave_out(left_out)
+    rows = [
+        {"case": case, "mean cosine": mean, "smallest cosine": smallest} for case, (mean, smallest) in cosines.items()
+    ]
     if rows:
         section.tables.append(Table("Tokens of int8 beside float32", rows))
-    for case, mean, smallest in map(dict.values, rows):
+    for case in (*cosines, *left_out):
+        mean, smallest = cosines.get(case, (None, None))
         section.judge(f"{case}: mean token cosine", mean, at_least=0.995)
         section.judge(f"{case}: smallest token cosine", smallest, at_least=0.98)
 
@@ -289,11 +344,11 @@ def run(settings: Settings) -> Section:
     return section
 
 
-def token_cosines(settings: Settings) -> tuple[list[dict], dict[str, str]]:
+def token_cosines(settings: Settings) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
     """Mean and smallest cosine of int8 tokens with float32 ones, over a batch of random pictures and the examples.
 
     For the checkpoint's weights, and for those of the tests' golden files, which are far from initial ones; and which
-    of the ways refuse this machine or these weights, and why.
+    of the ways fail on this machine or with these weights, and why.
     """
     golden = settings.scratch / "golden"
     in_fresh_process(write_golden_checkpoint, settings.folder, golden)
@@ -301,30 +356,31 @@ def token_cosines(settings: Settings) -> tuple[list[dict], dict[str, str]]:
     processor = load_audio_processor(num_frames=config.input_shape[0])
     sounds = [processor(load_audio(file)) for file in SOUNDS]
     features = torch.cat([random_features(config, len(sounds)), *sounds])
-    rows, left_out = [], {}
+    cosines, left_out = {}, {}
     for weights, folder, out in (("checkpoint", settings.folder, settings.scratch), ("golden weights", golden, golden)):
-        ways = {
-            "int8 compiled": lambda folder=folder: encoders(folder)["int8 compiled"]().forward_encoder,
-            "onnxruntime int8": lambda folder=folder, out=out: tokens_of_onnx(exported(folder, out, "onnx", int8=True)),
-        }
         with torch.inference_mode():
             expected = load_pretrained_encoder(checkpoint=folder).forward_encoder(features)
-        for name, make_call in ways.items():
-            case = f"{name}, {weights}"
+        for way, make_call in INT8_WAYS.items():
+            case = f"{way}, {weights}"
             try:
-                call = make_call()
-            except (ImportError, ValueError) as error:
-                left_out[case] = str(error)
-                continue
-            with torch.inference_mode():
-                cosines = nn.functional.cosine_similarity(call(features), expected, dim=-1)
-            smallest = cosines.min().item()
-            rows.append({"case": case, "mean cosine": cosines.mean().item(), "smallest cosine": smallest})
-    return rows, left_out
+                call = make_call(folder, out)
+                with torch.inference_mode():
+                    similar = nn.functional.cosine_similarity(call(features), expected, dim=-1)
+                cosines[case] = similar.mean().item(), similar.min().item()
+            except Exception as error:  # weights that lose too much, a library that is missing or fails
+                left_out[case] = reason(error)
+    return cosines, left_out
 
 
-def tokens_of_onnx(run_session: Callable) -> Callable:
+def tokens_of_onnx(folder: Path, out: Path) -> Callable:
+    run_session = exported_session(folder, out, int8=True)
     return lambda features: torch.from_numpy(run_session(features)[0])
+
+
+INT8_WAYS = {  # what makes the encoder of each, from features to tokens
+    "int8 compiled": lambda folder, out: encoders(folder)["int8 compiled"]().forward_encoder,
+    "onnxruntime int8": tokens_of_onnx,
+}
 
 
 def write_golden_checkpoint(folder: str, golden: str):

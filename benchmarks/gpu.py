@@ -1,13 +1,33 @@
 """The encoder and the front end on a GPU: precisions, batch sizes, and the share of what matrix products reach."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from bat_audio import BatConfig
-from benchmarks.encoder import count_operations, encoders, floors, keep_fastest_floor, picture_cases
+from benchmarks.encoder import (
+    AST_TOKENS,
+    audio_spectrogram_transformer,
+    count_operations,
+    encoders,
+    exported_program,
+    floors,
+    keep_fastest_floor,
+    picture_cases,
+)
 from benchmarks.front_end import front_ends
-from benchmarks.harness import Case, Section, Settings, Spread, Table, interleave, progress, ratio, timing_rows
+from benchmarks.harness import (
+    Case,
+    Section,
+    Settings,
+    Spread,
+    Table,
+    interleave,
+    median_ratio,
+    progress,
+    ratio,
+    timing_rows,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 8, 64, 256)
@@ -29,46 +49,80 @@ def run(
     size: int = CEILING_SIZE,
 ) -> Section:
     """Every dtype with every batch size; front ends and ceiling are timed in the same rounds as the encoders."""
-    section = Section("CUDA", notes=["Products in float32 are in full precision, without TF32, ceiling included."])
-    config = BatConfig.from_pretrained(settings.folder)
-    operations = count_operations(config, config.input_shape[0])
-    ungated = BatConfig.from_pretrained(settings.folder, use_gate=False)
-    timm_operations = count_operations(ungated, config.input_shape[0])
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        for batch in batches:
-            torch._dynamo.reset()  # a graph for this batch size, not one for several
-            ways = [*WAYS, "reduce-overhead"] if batch == 1 else WAYS
-            calls = encoders(settings.folder, settings.device, dtype)
-            calls = {**floors(config, batch, settings.device, dtype), **{way: calls[way] for way in ways}}
-            cases = {
-                "ceiling": lambda dtype=dtype: ceiling(size, settings.device, dtype),
-                **picture_cases(calls, config, batch, device=settings.device, dtype=dtype),
-                **front_ends(batch, settings.device),
-            }
-            with progress(f"{name}, batch {batch}"):
-                seconds, left_out = interleave(cases, settings.rounds, settings.device)
-            section.leave_out({f"{case} in {name}, batch {batch}": reason for case, reason in left_out.items()})
-            if "ceiling" not in seconds:
-                continue
-            most = [2 * size**3 / value for value in seconds.pop("ceiling")]  # operations per second
-            front = {case: seconds.pop(case) for case in front_ends(batch, settings.device) if case in seconds}
-            seconds, _ = keep_fastest_floor(seconds)
-            rows = timing_rows(seconds, "floor")
-            for row in rows:
-                counted = timm_operations if row["case"].startswith("timm") else operations
-                speeds = [counted / value for value in seconds[row["case"]]]
-                row["TFLOP/s"] = Spread.of([speed / 1e12 for speed in speeds])
-                row["share of ceiling"] = ratio(speeds, most)
-            title = f"{name}, batch {batch}; ceiling {Spread.of([value / 1e12 for value in most])} TFLOP/s"
-            section.tables.append(Table(title, rows, "share of ceiling", 1))
-            if front:
-                base = next(iter(front))
-                section.tables.append(Table(f"Front end, batch {batch} x 10 s ({name} run)", timing_rows(front, base)))
-            if "compiled" in seconds and (dtype, batch) == (torch.bfloat16, 64):
-                share = ratio([operations / value for value in seconds["compiled"]], most).median
-                section.judge("CUDA, bf16, compiled, batch 64: share of the ceiling", share, at_least=0.6)
-                if "BatAudioProcessor" in front:
-                    share = ratio(front["BatAudioProcessor"], seconds["compiled"]).median
-                    section.judge("front end / encoder (bf16, compiled), CUDA, batch 64", share, at_most=0.05)
+    section = Section("CUDA", notes=["float32 is in full precision, without TF32, the ceiling included."])
+    ceilings = []
+    # Convolutions would use TF32 where matrix products do not; the patches are one.
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        for dtype in dtypes:
+            for batch in batches:
+                ceilings += add_tables(section, settings, dtype, batch, size)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    if ceilings:
+        section.tables.append(Table(f"Ceiling: a product of two {size} x {size} matrices", ceilings))
     return section
+
+
+def add_tables(section: Section, settings: Settings, dtype: torch.dtype, batch: int, size: int) -> list[dict]:
+    """Tables, verdicts and notes of one dtype and batch size; returns the row of its ceiling."""
+    folder, device = settings.folder, settings.device
+    config = BatConfig.from_pretrained(folder)
+    name, frames = str(dtype).removeprefix("torch."), config.input_shape[0]
+    run_name = f"{name}, batch {batch}"
+    cases = {
+        "ceiling": lambda: ceiling(size, device, dtype),
+        **picture_cases(encoder_calls(settings, config, dtype, batch), config, batch, device=device, dtype=dtype),
+        **front_ends(batch, device),
+    }
+    torch._dynamo.reset()  # a graph for this batch size, not one for several
+    with progress(run_name):
+        seconds, left_out = interleave(cases, settings.rounds, device)
+    section.leave_out({f"{case} in {run_name}": why for case, why in left_out.items()})
+    most = [2 * size**3 / value for value in seconds.pop("ceiling", [])]  # operations per second
+    front = {case: seconds.pop(case) for case in front_ends(batch, device) if case in seconds}
+    seconds, floor = keep_fastest_floor(seconds)
+    section.notes.append(f"{run_name}: {floor}")
+
+    ungated = BatConfig.from_pretrained(folder, use_gate=False)
+    others = {
+        "timm ViT-B/16": count_operations(ungated, frames),
+        "transformers AST": count_operations(ungated, frames, **AST_TOKENS),
+    }
+    speeds = {  # operations per second
+        case: [others.get(case, count_operations(config, frames)) / value for value in values]
+        for case, values in seconds.items()
+    }
+    if seconds:
+        base = next(iter(seconds))
+        rows = timing_rows(seconds, base)
+        for row in rows:
+            row["TFLOP/s"] = Spread.of([speed / 1e12 for speed in speeds[row["case"]]])
+            if most:
+                row["share of ceiling"] = ratio(speeds[row["case"]], most)
+        section.tables.append(Table(run_name, rows, "share of ceiling" if most else f"time / {base}", 1))
+    if front:
+        rows = timing_rows(front, next(iter(front)))
+        section.tables.append(Table(f"Front end, batch {batch} x 10 s ({name} run)", rows))
+    if (dtype, batch) == (torch.bfloat16, 64):
+        share = ratio(speeds["compiled"], most).median if most and "compiled" in speeds else None
+        section.judge("CUDA, bf16, compiled, batch 64: share of the ceiling", share, at_least=0.6)
+        share = median_ratio({**seconds, **front}, "BatAudioProcessor", "compiled")
+        section.judge("front end / encoder (bf16, compiled), CUDA, batch 64", share, at_most=0.05)
+    return [{"run": run_name, "TFLOP/s": Spread.of([value / 1e12 for value in most])}] if most else []
+
+
+def encoder_calls(
+    settings: Settings, config: BatConfig, dtype: torch.dtype, batch: int
+) -> dict[str, Callable[[], Callable]]:
+    """What makes each encoder, and the floors: on a GPU of the whole batch, with biases and without."""
+    folder, device = settings.folder, settings.device
+    ways = encoders(folder, device, dtype)
+    calls = {**floors(config, batch, device, dtype), **{way: ways[way] for way in WAYS}}
+    calls["torch.export"] = lambda: exported_program(folder, settings.scratch, device, dtype)
+    calls["transformers AST"] = lambda: audio_spectrogram_transformer(config, device, dtype)
+    if dtype == torch.bfloat16:  # of what int8 leaves as it is
+        calls["int8 compiled"] = ways["int8 compiled"]
+    if batch == 1:  # CUDA graphs, which save the most where kernels are short
+        calls["reduce-overhead"] = lambda: torch.compile(ways["eager sdpa"](), fullgraph=True, mode="reduce-overhead")
+    return calls

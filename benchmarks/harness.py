@@ -27,6 +27,7 @@ PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "torchao", "torchaud
 CPU_FLAGS = r"avx2|avx512f|avx512_bf16|avx512_vnni|avx_vnni|amx_\w+|asimd\w*|i8mm|bf16|sve2?"
 SECONDS_PER_MEASUREMENT = {"cpu": 0.2, "cuda": 0.05}  # short calls are repeated to last this long together
 MOST_CALLS = 50  # in one measurement
+WARM_UP_CALLS = 3  # of each case, of which CUDA graphs record the second
 PAUSE = 0.05  # seconds before a measurement, in which the threads of the case before go to sleep
 BLUE, GREY = "#0072B2", "#666666"  # told apart by the colour-blind
 
@@ -74,32 +75,60 @@ def interleave(
     """Time every case once per round, in a new random order each round, under inference mode.
 
     Args:
-        cases: what makes each case; it is then called twice to warm up, which compiles what there is to compile.
+        cases: what makes each case; it is then called a few times to warm up, which compiles what there is to compile.
 
     Returns:
-        Seconds per clip of each case in each round; and, of the cases that cannot run here, why.
+        Seconds per clip of each case in each round; and, of the cases that failed on the way, why. The others go on.
     """
-    ready, seconds, left_out, order = {}, {}, {}, random.Random(0)
+    ready, left_out, order = {}, {}, random.Random(0)
     for name, make_case in cases.items():
         try:
-            case = make_case()
-            with torch.inference_mode():
-                case.call(case.make_input())
-                once = time_calls(case.call, [case.make_input()], device)
-        except Exception as error:  # a library that is missing, or refuses this machine; the others go on
-            left_out[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            continue
-        calls = math.ceil(SECONDS_PER_MEASUREMENT[torch.device(device).type] / max(once, 1e-6))
-        ready[name] = case, min(calls, MOST_CALLS)
-        seconds[name] = []
-    with torch.inference_mode():
-        for _ in range(rounds):
-            for name in order.sample(list(ready), len(ready)):
-                case, calls = ready[name]
-                inputs = [case.make_input() for _ in range(calls)]
-                time.sleep(PAUSE)
-                seconds[name].append(time_calls(case.call, inputs, device) / case.clips)
+            ready[name] = _prepare(make_case, device)
+        except Exception as error:  # a library that is missing, or refuses this machine
+            left_out[name] = reason(error)
+        if name in left_out:  # after the error, which holds what the call held
+            _free_memory(device)
+    seconds = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name in order.sample(list(ready), len(ready)):
+            try:
+                seconds[name].append(_measure(*ready[name], device))
+            except Exception as error:  # out of memory, for one
+                left_out[name] = reason(error)
+            if name in left_out:
+                del ready[name], seconds[name]
+                _free_memory(device)
     return seconds, left_out
+
+
+def _prepare(make_case: Callable[[], Case], device: str) -> tuple[Case, int]:
+    """A case that is warm, and the calls of a measurement."""
+    case = make_case()
+    with torch.inference_mode():
+        for _ in range(WARM_UP_CALLS):
+            case.call(case.make_input())
+        once = time_calls(case.call, [case.make_input()], device)
+    calls = math.ceil(SECONDS_PER_MEASUREMENT[torch.device(device).type] / max(once, 1e-6))
+    return case, min(calls, MOST_CALLS)
+
+
+@torch.inference_mode()
+def _measure(case: Case, calls: int, device: str) -> float:
+    inputs = [case.make_input() for _ in range(calls)]
+    time.sleep(PAUSE)
+    return time_calls(case.call, inputs, device) / case.clips
+
+
+def _free_memory(device: str):
+    """Give back what a case that failed has left, which the others need."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """An error in one line, for a note."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def time_calls(call: Callable[[Any], Any], inputs: list, device: str = "cpu") -> float:
@@ -138,6 +167,11 @@ class Spread:
 def ratio(seconds: list[float], base: list[float]) -> Spread:
     """Of two cases, round by round: what slows a whole round down cancels out."""
     return Spread.of([a / b for a, b in zip(seconds, base, strict=True)])
+
+
+def median_ratio(seconds: dict[str, list[float]], name: str, base: str) -> float | None:
+    """The median of `ratio`; None where one of the two cases was left out."""
+    return ratio(seconds[name], seconds[base]).median if {name, base} <= seconds.keys() else None
 
 
 def timing_rows(seconds: dict[str, list[float]], base: str) -> list[dict]:
@@ -245,14 +279,15 @@ class Section:
     verdicts: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def judge(self, what: str, value: float, at_most: float | None = None, at_least: float | None = None):
-        """Compare a figure with what it should reach."""
-        target, reached = (
-            (f">= {at_least}", value >= at_least) if at_most is None else (f"<= {at_most}", value <= at_most)
-        )
-        self.verdicts.append(
-            {"figure": what, "target": target, "measured": value, "reached": "yes" if reached else "no"}
-        )
+    def judge(self, what: str, value: float | None, at_most: float | None = None, at_least: float | None = None):
+        """Compare a figure with what it should reach; None where it could not be measured, which is said too."""
+        target = f">= {at_least}" if at_most is None else f"<= {at_most}"
+        if value is None:
+            measured, reached = "not measured", "unknown"
+        else:
+            is_reached = value >= at_least if at_most is None else value <= at_most
+            measured, reached = value, "yes" if is_reached else "no"
+        self.verdicts.append({"figure": what, "target": target, "measured": measured, "reached": reached})
 
     def leave_out(self, reasons: dict[str, str]):
         self.notes += [f"{name} left out: {reason}" for name, reason in reasons.items()]

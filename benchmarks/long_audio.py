@@ -1,10 +1,12 @@
 """One hour of audio in one call: time per second beside a clip's, and memory by length."""
 
+import statistics
+
 import torch
 
 from bat_audio import BatConfig, load_pretrained_encoder
 from benchmarks.encoder import random_features
-from benchmarks.harness import Section, Settings, Spread, Table, in_fresh_process, progress, ratio, time_calls
+from benchmarks.harness import Section, Settings, Spread, Table, in_fresh_process, progress, time_calls
 from benchmarks.memory import inference_peak, memory_table
 
 FRAMES_PER_MINUTE = 6000
@@ -28,18 +30,18 @@ def run(settings: Settings) -> Section:
             inputs = [random_features(config, 1, frames, device=settings.device) for _ in range(calls)]
             seconds[name] = [time_calls(model, [item], settings.device) / (frames / 100) for item in inputs]
     clip = seconds["clip before"] + seconds["clip after"]
-    per_second = ratio(seconds["long"] * len(clip), clip)
+    per_second = seconds["long"][0] / statistics.median(clip)
     rows = [
         {"case": f"{minutes[-1]} minutes", "time / 10.24 s": per_second, "ms per second": 1000 * seconds["long"][0]},
         {
             "case": "10.24 s",
-            "time / 10.24 s": Spread(1.0, 1.0, 1.0),
+            "time / 10.24 s": 1.0,
             "ms per second": Spread.of([1000 * s for s in clip]),
         },
     ]
     section.tables.append(Table("Time per second of audio", rows))
     section.notes.append(f"{minutes[-1]} minutes were timed once, the clip {len(clip)} times before and after.")
-    section.judge(f"{minutes[-1]} minutes, time per second / 10.24 s", per_second.median, at_most=1.05)
+    section.judge(f"{minutes[-1]} minutes, time per second / 10.24 s", per_second, at_most=1.05)
 
     sizes = {}
     for length in minutes:
@@ -47,8 +49,8 @@ def run(settings: Settings) -> Section:
             frames = length * FRAMES_PER_MINUTE
             peak = in_fresh_process(inference_peak, settings.folder, "eager sdpa", 1, frames, settings.device)
         tokens = 1 + frames // config.patch_size[0] * config.grid_size[1]
-        sizes[f"{length} minutes"] = peak - tokens * config.hidden_size * 4
+        sizes[f"{length} minutes"] = [peak - tokens * config.hidden_size * 4]
     section.tables.append(memory_table("Extra peak memory beyond model, input and output", sizes))
     shortest, *_, longest = sizes
-    section.judge(f"extra memory, {longest} / {shortest}", sizes[longest] / sizes[shortest], at_most=1.05)
+    section.judge(f"extra memory, {longest} / {shortest}", sizes[longest][0] / sizes[shortest][0], at_most=1.05)
     return section

@@ -1,6 +1,8 @@
 """Peak memory of inference, training and loading, each case in a process of its own."""
 
+import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ import torch
 from bat_audio import BatConfig, BatModel, load_pretrained_encoder
 from benchmarks import head_memory
 from benchmarks.encoder import encoders, random_features
-from benchmarks.harness import Section, Settings, Table, in_fresh_process, peak_growth, progress
+from benchmarks.harness import Section, Settings, Spread, Table, in_fresh_process, peak_growth, progress
 
 
 def inference_peak(folder: str, way: str, batch: int, frames: int | None, device: str) -> int:
@@ -55,45 +57,61 @@ def loading_peak(folder: str, reads_weights: bool) -> int:
     return peak_growth(load)
 
 
-def memory_table(title: str, sizes: dict[str, int]) -> Table:
-    base = next(iter(sizes))
-    rows = [{"case": case, f"memory / {base}": size / sizes[base], "MB": size / 1e6} for case, size in sizes.items()]
+def memory_table(title: str, sizes: dict[str, list[int]]) -> Table:
+    """Rows of a table of bytes; what was measured several times with its spread."""
+    base = statistics.median(next(iter(sizes.values())))
+    rows = []
+    for case, values in sizes.items():
+        median, megabytes = statistics.median(values), [value / 1e6 for value in values]
+        share = {f"memory / {next(iter(sizes))}": median / base}
+        rows.append({"case": case, **share, "MB": Spread.of(megabytes) if len(values) > 1 else megabytes[0]})
     return Table(title, rows, "MB")
+
+
+def peaks(processes: int, function: Callable, cases: dict[str, tuple]) -> dict[str, list[int]]:
+    """Bytes of a function with each case's arguments, measured in several processes of its own."""
+    sizes = {case: [] for case in cases}
+    for _ in range(processes):
+        for case, arguments in cases.items():
+            sizes[case].append(in_fresh_process(function, *arguments))
+    return sizes
 
 
 def run(settings: Settings) -> Section:
     section = Section(f"Memory ({settings.device})")
-    batch, head_batch = (2, 2) if settings.quick else (8, 32)
+    batch, head_batch, processes = (2, 2, 1) if settings.quick else (8, 32, 3)
     folder, device = settings.folder, settings.device
 
     with progress("memory of inference"):
-        ways = ("published way", "eager sdpa")
-        sizes = {way: in_fresh_process(inference_peak, folder, way, batch, None, device) for way in ways}
+        cases = {way: (folder, way, batch, None, device) for way in ("published way", "eager sdpa")}
+        sizes = peaks(processes, inference_peak, cases)
     section.tables.append(memory_table(f"Inference, {batch} clips: beyond model and input", sizes))
-    share = sizes["eager sdpa"] / sizes["published way"]
+    share = statistics.median(sizes["eager sdpa"]) / statistics.median(sizes["published way"])
     section.judge(f"extra peak memory / the published way's, batch {batch}", share, at_most=0.25)
 
     with progress("memory of training"):
         steps = {"plain": False, "gradient checkpointing": True}
-        sizes = {name: in_fresh_process(training_peak, folder, batch, step, device) for name, step in steps.items()}
+        cases = {name: (folder, batch, is_checkpointed, device) for name, is_checkpointed in steps.items()}
+        sizes = peaks(processes, training_peak, cases)
     title = f"Training step, {batch} clips in bfloat16 autocast: beyond weights, gradients and input"
     section.tables.append(memory_table(title, sizes))
-    share = sizes["gradient checkpointing"] / sizes["plain"]
+    share = statistics.median(sizes["gradient checkpointing"]) / statistics.median(sizes["plain"])
     section.judge(f"training step, batch {batch}: checkpointed memory / plain", share, at_most=0.35)
 
     if device == "cpu":
         with progress("memory of loading"):
-            cases = {"loading": False, "loading, and reading every weight": True}
-            sizes = {name: in_fresh_process(loading_peak, folder, reads) for name, reads in cases.items()}
+            cases = {"loading": (folder, False), "loading, and reading every weight": (folder, True)}
+            sizes = peaks(processes, loading_peak, cases)
         weights = (folder / "model.safetensors").stat().st_size
-        section.tables.append(memory_table("Loading", {"weights": weights, **sizes}))
-        peak = max(sizes.values())
+        section.tables.append(memory_table("Loading", {"weights": [weights], **sizes}))
+        peak = max(map(statistics.median, sizes.values()))
         section.judge("peak memory of loading and reading the weights / their size", peak / weights, at_most=1.1)
 
     with progress("memory of heads"):
-        sizes = {
-            name: in_fresh_process(head_memory.peak_bytes, case, head_batch, folder, device)
-            for name, case in head_memory.CASES.items()
-        }
+        cases = {name: (case, head_batch, folder, device) for name, case in head_memory.CASES.items()}
+        sizes = peaks(1, head_memory.peak_bytes, cases)  # takes longest
     section.tables.append(memory_table(f"Frozen encoder with a cgp head, {head_batch} clips", sizes))
+    if processes > 1:
+        note = f"Memory was measured {processes} times, of which ratios take the median; with heads once."
+        section.notes.append(note)
     return section

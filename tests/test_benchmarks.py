@@ -13,7 +13,7 @@ from benchmarks import harness
 from benchmarks.harness import Case, Section, Spread, Table
 
 # Charts and tables that each section writes.
-SECTIONS = {"encoder": (1, 4), "long_audio": (1, 2), "front_end": (1, 1), "memory": (4, 4), "startup": (1, 1)}
+SECTIONS = {"encoder": (1, 5), "long_audio": (1, 2), "front_end": (1, 1), "memory": (4, 4), "startup": (1, 1)}
 MAY_BE_LEFT_OUT = ("int8 compiled", "torchaudio")  # on machines that lack instructions, or a torchaudio for this torch
 
 
@@ -58,6 +58,33 @@ def test_interleaving_gives_each_call_a_fresh_input_and_leaves_out_what_fails():
     assert left_out == {"missing": "ImportError: no such library"}
 
 
+def test_a_case_that_fails_in_the_rounds_is_dropped_and_the_others_go_on():
+    calls = []
+
+    def fail_later(_):
+        calls.append("call")
+        if len(calls) > harness.WARM_UP_CALLS + 1 + 1:  # warm, measured once, and through the first round
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        time.sleep(1)
+
+    cases = {"fails": lambda: Case(fail_later, lambda: None), "works": lambda: Case(time.sleep, lambda: 0.1)}
+    seconds, left_out = harness.interleave(cases, rounds=4)
+    assert seconds.keys() == {"works"}
+    assert len(seconds["works"]) == 4
+    assert left_out == {"fails": "OutOfMemoryError: CUDA out of memory."}
+    assert len(calls) == harness.WARM_UP_CALLS + 3
+    assert harness.median_ratio(seconds, "works", "fails") is None
+
+
+def test_calls_are_counted_by_a_call_after_those_that_record_and_compile():
+    durations = iter([0.3, 0.3, 0.3])
+    cases = {"compiles": lambda: Case(lambda _: time.sleep(next(durations, 0.02)), lambda: made.append(0))}
+    made = []
+    harness.interleave(cases, rounds=1)
+    calls = len(made) - harness.WARM_UP_CALLS - 1
+    assert 5 <= calls <= 10  # of 0.02 s
+
+
 def test_peak_growth_sees_what_is_freed_again():
     size = 1 << 28
     grown = harness.in_fresh_process(peak_of_a_passing_tensor, size, PYTHONPATH=str(ROOT / "tests"))
@@ -91,17 +118,60 @@ def test_floor_multiplies_the_whole_batch():
         assert counter.get_total_flops() == 4 * count_operations(config, 1024)
 
 
+def test_counted_operations_of_ast_are_those_that_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.encoder import AST_TOKENS, audio_spectrogram_transformer, count_operations
+
+    config = tiny_config(chunk_time_patches=64, use_gate=False)
+    # The counter does not know the CPU's attention, but the products of which the plain one is made.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        audio_spectrogram_transformer(config)(torch.rand(1, 1, 1024, 128))
+    assert count_operations(config, 1024, **AST_TOKENS) == counter.get_total_flops()
+
+
+def test_fastest_floor_is_kept_and_none_is_needed():
+    from benchmarks.encoder import keep_fastest_floor
+
+    seconds = {"floor, a": [2.0, 2.0], "compiled": [3.0, 3.0], "floor, b": [1.0, 1.0]}
+    kept, note = keep_fastest_floor(seconds)
+    assert list(kept.items()) == [("floor", [1.0, 1.0]), ("compiled", [3.0, 3.0])]
+    assert "floor, b" in note
+    kept, note = keep_fastest_floor({"compiled": [3.0]})
+    assert kept == {"compiled": [3.0]}
+    assert "no floor" in note
+
+
+def test_memory_is_shown_with_its_spread_where_measured_several_times():
+    from benchmarks.memory import memory_table
+
+    once, thrice = memory_table("Title", {"once": [2_000_000], "thrice": [1_000_000, 4_000_000, 3_000_000]}).rows
+    assert once == {"case": "once", "memory / once": 1.0, "MB": 2.0}
+    assert thrice == {"case": "thrice", "memory / once": 1.5, "MB": Spread(3.0, 1.0, 4.0)}
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(capsys):
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "/nowhere"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--checkpoint /nowhere: there is no config.json")
+
+
 def test_verdicts_and_report(tmp_path):
     section = Section(
         "Some name", [Table("A title", [{"case": "one", "MB": 1234.5}, {"case": "two", "MB": 0.12345}], "MB")]
     )
     section.judge("low", 1.05, at_most=1.05)
     section.judge("high", 1.9, at_least=2.0)
+    section.judge("none", None, at_most=1.0)
     section.leave_out({"three": "no"})
-    assert [verdict["reached"] for verdict in section.verdicts] == ["yes", "no"]
+    assert [verdict["reached"] for verdict in section.verdicts] == ["yes", "no", "unknown"]
     harness.write_report(tmp_path, harness.describe_machine(), [section])
     report = (tmp_path / "results.md").read_text()
-    for line in ("| low | <= 1.05 | 1.05 | yes |", "| one | 1234 |", "| two | 0.1235 |", "- three left out: no"):
+    verdicts = "| low | <= 1.05 | 1.05 | yes |", "| none | <= 1.0 | not measured | unknown |"
+    for line in (*verdicts, "| one | 1234 |", "| two | 0.1235 |", "- three left out: no"):
         assert f"\n{line}\n" in report
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["machine"]["torch"] == torch.__version__.partition("+")[0]
@@ -134,8 +204,31 @@ def test_gpu_section_runs_on_a_cpu(tiny_checkpoint, tmp_path):
 
     settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=2)
     section = gpu.run(settings, dtypes=[torch.bfloat16], batches=[1, 64], size=64)
-    cases = [row["case"] for row in section.tables[0].rows]
-    assert cases == ["floor", "published way", "eager sdpa", "compiled", "timm ViT-B/16", "reduce-overhead"]
-    assert len(section.tables) == 4
-    assert len(section.verdicts) == 2
-    assert len(section.notes) == 1  # nothing was left out
+    cases = ["floor", *gpu.WAYS, "torch.export", "transformers AST", "int8 compiled", "reduce-overhead"]
+    left_out = {note.split(" in ")[0] for note in section.notes if "left out" in note}
+    assert left_out <= set(MAY_BE_LEFT_OUT)
+    encoders, front_end, *_, ceilings = section.tables
+    assert [row["case"] for row in encoders.rows] == [case for case in cases if case not in left_out]
+    assert "ASTFeatureExtractor" in [row["case"] for row in front_end.rows]
+    assert [row["run"] for row in ceilings.rows] == ["bfloat16, batch 1", "bfloat16, batch 64"]
+    assert [table.title for table in section.tables if table.chart] == ["bfloat16, batch 1", "bfloat16, batch 64"]
+    assert len(section.tables) == 5
+    assert [verdict["reached"] for verdict in section.verdicts if verdict["reached"] == "unknown"] == []
+
+
+def test_gpu_section_keeps_the_other_rows_without_floor_and_ceiling(tiny_checkpoint, tmp_path, monkeypatch):
+    from benchmarks import gpu
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "ceiling", fail)
+    monkeypatch.setattr(gpu, "encoder_calls", lambda *_: {"floor, 64 at a time": fail, "compiled": lambda: torch.abs})
+    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=2)
+    section = gpu.run(settings, dtypes=[torch.bfloat16], batches=[64])
+    (row,) = section.tables[0].rows
+    assert row["time / compiled"] == Spread(1.0, 1.0, 1.0)
+    assert "ceiling in bfloat16, batch 64 left out: OutOfMemoryError: CUDA out of memory." in section.notes
+    assert "bfloat16, batch 64: no floor could be measured, times are over those of the first case" in section.notes
+    assert [verdict["measured"] for verdict in section.verdicts][:1] == ["not measured"]
+    harness.write_report(tmp_path / "out", harness.describe_machine(), [section])
