@@ -98,7 +98,7 @@ def embed(**options):
     except KeyboardInterrupt as interrupt:
         typer.echo("interrupted; the same command goes on from there", err=True)
         raise typer.Exit(130) from interrupt
-    typer.echo(json.dumps({"table": options["out"], **summary}))
+    typer.echo(json.dumps({"table": options["out"], **{name: round(value, 4) for name, value in summary.items()}}))
     if summary["failed"]:
         raise typer.Exit(1)
 

@@ -386,12 +386,12 @@ def _events(cells: dict, where: str, duration: float | None, frames: bool) -> li
     return [(onset, offset, str(label).strip()) for label in labels]
 
 
-def require(library: str):
+def require(library: str, extra: str = "train"):
     """An optional library, or an ImportError that says how to install it."""
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[train]"') from error
+        raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[{extra}]"') from error
 
 
 def _some(items: Sequence) -> str:

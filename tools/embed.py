@@ -32,7 +32,7 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio.tools.data import require
-from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, decoding_processes, read_clips
+from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, DecodingProcesses, read_clips
 from bat_audio.tools.embed_inputs import Plan, list_inputs, read_content, read_dataset, write_plan
 from bat_audio.tools.embed_settings import EmbedSettings
 from bat_audio.tools.embed_table import PLACE, Table, row_schema, vectors_array
@@ -370,10 +370,19 @@ def run_locally(stages: Stages, units: list[int], report: Callable):
     workers = stages.settings.workers
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with decoding_processes(workers) if workers else nullcontext() as executor:  # before torch has threads or a GPU
+    with DecodingProcesses(workers) if workers else nullcontext() as executor:  # before torch has threads or a GPU
         encoder = Encoder(stages.settings)
         for unit, clips in itertools.groupby(stages.clips(units, executor, workers), key=itemgetter(0)):
             stages.write(unit, (clip for _, clip in clips), encoder, report)
+
+
+def engine(settings: EmbedSettings) -> Callable[[Stages, list[int], Callable], None]:
+    if settings.engine == "local":
+        return run_locally
+    require("ray.data", "ray")
+    from bat_audio.tools.embed_ray import run_on_ray
+
+    return run_on_ray
 
 
 def embed(settings: EmbedSettings) -> dict[str, float]:
@@ -390,7 +399,9 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
         OSError: there are no weights, the table cannot be written, or a process was killed.
         ImportError: soundfile, soxr, pyarrow or Ray is missing.
     """
-    require("soundfile"), require("soxr")
+    for library in ("soundfile", "soxr"):
+        require(library, "embed")
+    run = engine(settings)
     sources = settings.inputs if isinstance(settings.inputs, list | tuple) else [settings.inputs]
     dataset = read_dataset(sources, settings.split)
     table = Table(settings.out)
@@ -401,7 +412,7 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
     with progress.bar:
         try:
             if units := [unit for unit in range(plan.num_units) if unit not in finished]:
-                run_locally(stages, units, progress.add)
+                run(stages, units, progress.add)
         except BrokenRecordingError:
             raise
         except OSError as error:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from bat_audio.tools.data import require
 from bat_audio.tools.embed_inputs import Input, is_address
 from bat_audio.tools.embed_settings import EmbedSettings
 
-PART_WINDOWS = 16  # of a long recording that are read at once
+PART_SECONDS = 120  # of a long recording that are read at once; to find a place in an MP3 file takes long
+KILLS = "Reading it kills the process, which a lack of memory may do too."
 READ_AHEAD = 4  # times the number of processes
 
 
@@ -84,15 +85,31 @@ class Cut:
         last = math.ceil((samples - self.segment) / self.hop)
         return last + (samples - last * self.hop >= self.shortest)
 
+    def place(self, item: Input, number: int) -> tuple[float, float | None]:
+        """Start and duration of a window, in seconds; None reaches to the end of the file."""
+        start = item.start + number * self.hop / self.rate
+        if self.segment is None:
+            return start, item.duration
+        left = math.inf if item.duration is None else item.start + item.duration - start
+        return start, min(self.segment / self.rate, left)
 
-def decode_first(cut: Cut, item: Input, content: bytes | None) -> tuple[list[Clip], int]:
-    """The first windows of a recording, at most PART_WINDOWS, and how many it has; broken ones say why.
+    def broken(self, item: Input, number: int, reason: str) -> Clip:
+        start, duration = self.place(item, number)
+        return Clip(item, start, None if duration is None else start + duration, error=reason)
+
+    def parts(self, num_windows: int) -> list[range]:
+        """The numbers of a recording's windows behind the first, in parts of about PART_SECONDS."""
+        size = max(1, PART_SECONDS * self.rate // max(self.hop, 1))
+        return [range(first, min(first + size, num_windows)) for first in range(1, num_windows, size)]
+
+
+def decode_first(cut: Cut, item: Input, content: bytes | None) -> tuple[Clip, int]:
+    """The first window of a recording, and how many it has; a broken one says why.
 
     Args:
         content: of the sound inside a dataset.
     """
-    first = _window(cut, item, content, 0)
-    num_windows = 1
+    first, num_windows = _window(cut, item, content, 0), 1
     if cut.segment is not None and (first.error or len(first.samples) == cut.segment):
         with contextlib.suppress(Exception):  # nothing can be told of the file, and the first window's error says why
             with _opened(item.path, content) as source:
@@ -100,33 +117,54 @@ def decode_first(cut: Cut, item: Input, content: bytes | None) -> tuple[list[Cli
             if item.duration is not None:
                 seconds = min(seconds, item.duration)
             num_windows = cut.num_windows(round(seconds * cut.rate))
-    return [first, *decode_more(cut, item, content, range(1, min(num_windows, PART_WINDOWS)))], num_windows
+    return first, num_windows
 
 
-def decode_more(cut: Cut, item: Input, content: bytes | None, numbers: range) -> list[Clip]:
+def decode_part(cut: Cut, item: Input, content: bytes | None, numbers: range) -> list[Clip]:
     """The windows of these numbers; broken ones say why."""
-    return [_window(cut, item, content, number) for number in numbers]
+    clips = {}
+    if len(numbers) > 1 and cut.hop <= cut.segment:
+        with contextlib.suppress(Exception):  # one of the windows is broken, and will say why
+            clips = _windows_at_once(cut, item, content, numbers)
+    return [clips.get(number) or _window(cut, item, content, number) for number in numbers]
+
+
+def _windows_at_once(cut: Cut, item: Input, content: bytes | None, numbers: range) -> dict[int, Clip]:
+    """Those windows that are long enough, cut from one stretch of the recording."""
+    begin, _ = cut.place(item, numbers[0])
+    duration = ((len(numbers) - 1) * cut.hop + cut.segment) / cut.rate
+    if item.duration is not None:
+        duration = min(duration, item.start + item.duration - begin)
+    with _opened(item.path, content) as source:
+        samples = _samples(cut, source, begin, duration)
+    clips = {}
+    for place, number in enumerate(numbers):
+        window = samples[place * cut.hop :][: cut.segment]
+        start, _ = cut.place(item, number)
+        if len(window) >= cut.shortest:
+            clips[number] = Clip(item, start, start + len(window) / cut.rate, window)
+    return clips
 
 
 def _window(cut: Cut, item: Input, content: bytes | None, number: int) -> Clip:
-    start, duration = item.start + number * cut.hop / cut.rate, item.duration
-    if cut.segment is not None:
-        left = math.inf if item.duration is None else item.start + item.duration - start
-        duration = min(cut.segment / cut.rate, left)
+    start, duration = cut.place(item, number)
     try:
         with _opened(item.path, content) as source:
-            samples = _load(source, start, duration, cut.rate).numpy()
-        if len(samples) < cut.shortest:
-            seconds = cut.shortest / cut.rate
-            raise ValueError(
-                f"{len(samples)} samples are too few; at least {cut.shortest} ({seconds:.3f} s) are needed."
-            )
-        if np.abs(samples).max() > MAX_AMPLITUDE:
-            raise ValueError(f"holds samples above {MAX_AMPLITUDE:g}; expected -1..1.")
+            samples = _samples(cut, source, start, duration)
     except Exception as error:  # whatever a decoder makes of a damaged file, the others go on
         reason = str(error).removeprefix(f"{item.path}: ") or type(error).__name__
-        return Clip(item, start, None if duration is None else start + duration, error=reason)
+        return cut.broken(item, number, reason)
     return Clip(item, start, start + len(samples) / cut.rate, samples)
+
+
+def _samples(cut: Cut, source: str | io.IOBase, start: float, duration: float | None) -> np.ndarray:
+    samples = _load(source, start, duration, cut.rate).numpy()
+    if len(samples) < cut.shortest:
+        seconds = cut.shortest / cut.rate
+        raise ValueError(f"{len(samples)} samples are too few; at least {cut.shortest} ({seconds:.3f} s) are needed.")
+    if np.abs(samples).max() > MAX_AMPLITUDE:
+        raise ValueError(f"holds samples above {MAX_AMPLITUDE:g}; expected -1..1.")
+    return samples
 
 
 @contextlib.contextmanager
@@ -198,15 +236,43 @@ def _run_on_file(command: list[str], source: str | io.IOBase, options: Iterable[
         return result.stdout
 
 
-@contextlib.contextmanager
-def decoding_processes(number: int) -> Iterator[Executor]:
-    """A pool of processes, all of them started, which end with this one however it ends."""
-    with ProcessPoolExecutor(number, initializer=_begin_process) as executor:
-        executor.submit(int).result()
+class DecodingProcesses(Executor):
+    """A pool of processes, all of them started, which end with this one however it ends.
+
+    Where a recording kills its process, the pool begins anew. What was under way is called again, each by itself.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+        self._begin()
+
+    def _begin(self):
+        self.pool = ProcessPoolExecutor(self.number, initializer=_begin_process)
+        self.pool.submit(int).result()
+
+    def submit(self, function: Callable, *arguments) -> Future:
         try:
-            yield executor
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+            return self.pool.submit(function, *arguments)
+        except BrokenExecutor:
+            self._begin()
+            return self.pool.submit(function, *arguments)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = True):
+        """End the processes; what is under way is waited for, what is not is given up."""
+        self.pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def result_of(future: Future, function: Callable, arguments: tuple) -> Any:
+    """The result of a call, which is made again in a process of its own if the first one was killed.
+
+    Raises:
+        BrokenExecutor: the second one was killed too.
+    """
+    try:
+        return future.result()
+    except BrokenExecutor:
+        with ProcessPoolExecutor(1, initializer=_begin_process) as alone:
+            return alone.submit(function, *arguments).result()
 
 
 def _begin_process():
@@ -223,25 +289,28 @@ def _end_with_parent():
 def read_ahead(
     executor: Executor | None, function: Callable, tasks: Iterable[tuple[int, tuple]], ahead: int
 ) -> Iterator[tuple[int, tuple, Any]]:
-    """Key, arguments and result of each task, in order; `ahead` of them are computed before they are asked for."""
+    """Key, arguments and result of each task, in order; `ahead` of them are computed before they are asked for.
+
+    The result is None where the recording kills the process that decodes it.
+    """
     if executor is None:
         yield from ((key, arguments, function(*arguments)) for key, arguments in tasks)
         return
     running = deque()
-    try:
-        for key, arguments in tasks:
-            running.append((key, arguments, executor.submit(function, *arguments)))
-            if len(running) > ahead:
-                key, arguments, future = running.popleft()
-                yield key, arguments, future.result()
-        while running:
-            key, arguments, future = running.popleft()
-            yield key, arguments, future.result()
-    except BrokenExecutor as error:
-        raise OSError(
-            f"A process that decodes was killed, at {arguments[1].path} or one of the next files. If the memory was "
-            "short, use fewer workers; if a file kills it every time, leave it out."
-        ) from error
+
+    def first() -> tuple[int, tuple, Any]:
+        key, arguments, future = running.popleft()
+        try:
+            return key, arguments, result_of(future, function, arguments)
+        except BrokenExecutor:
+            return key, arguments, None
+
+    for key, arguments in tasks:
+        running.append((key, arguments, executor.submit(function, *arguments)))
+        if len(running) > ahead:
+            yield first()
+    while running:
+        yield first()
 
 
 def read_clips(
@@ -253,11 +322,10 @@ def read_clips(
         inputs: unit, recording, and its content where it lies in a dataset; the result has the unit again.
     """
     tasks = ((unit, (cut, item, content)) for unit, item, content in inputs)
-    for unit, task, (clips, num_windows) in read_ahead(executor, decode_first, tasks, ahead):
-        yield from ((unit, clip) for clip in clips)
-        parts = (
-            (unit, (*task, range(first, min(first + PART_WINDOWS, num_windows))))
-            for first in range(PART_WINDOWS, num_windows, PART_WINDOWS)
-        )
-        for _, _, clips in read_ahead(executor, decode_more, parts, ahead):
-            yield from ((unit, clip) for clip in clips)
+    for unit, task, found in read_ahead(executor, decode_first, tasks, ahead):
+        _, item, _ = task
+        first, num_windows = found or (cut.broken(item, 0, KILLS), 1)
+        yield unit, first
+        parts = ((unit, (*task, numbers)) for numbers in cut.parts(num_windows))
+        for _, (*_, numbers), clips in read_ahead(executor, decode_part, parts, ahead):
+            yield from ((unit, clip) for clip in clips or [cut.broken(item, number, KILLS) for number in numbers])

@@ -9,7 +9,10 @@ POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
 SEGMENT = 10.24  # s, the encoder's input
 # What may change between a run and its continuation, because no row depends on it.
-FREE = ("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict", "engine", "ray_address")
+FREE = {
+    *("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict"),
+    *("engine", "ray_address", "cpus_per_actor", "gpus_per_actor"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class EmbedSettings:
     strict: bool = _option(False, "Stop at the first broken file instead of listing it in errors.parquet.")
     engine: str = _option("local", f"{' or '.join(ENGINES)}.")
     ray_address: str | None = _option(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
+    cpus_per_actor: int | None = _option(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")
+    gpus_per_actor: float | None = _option(None, "Ray: GPUs of an actor; default: 1 where there are any.")
 
     def __post_init__(self):
         for name, known in (("pool", POOLS), ("engine", ENGINES)):
@@ -56,9 +61,10 @@ class EmbedSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected {', '.join(known)}.")
         if self.whole and (self.segment is not None or self.hop is not None):
             raise ValueError("whole makes one row per recording, so it takes no segment and no hop.")
-        if self.ray_address is not None and self.engine != "ray":
-            raise ValueError("ray_address belongs to engine='ray'.")
-        for name in ("segment", "hop", "batch_size", "shard_size"):
+        for name in ("ray_address", "cpus_per_actor", "gpus_per_actor"):
+            if getattr(self, name) is not None and self.engine != "ray":
+                raise ValueError(f"{name}={getattr(self, name)!r} belongs to engine='ray'.")
+        for name in ("segment", "hop", "batch_size", "shard_size", "cpus_per_actor"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.workers is not None and self.workers < 0:
