@@ -5,6 +5,7 @@ its units are done again elsewhere; a shard appears whole or not at all, so that
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,17 +77,16 @@ def run_on_ray(stages: Stages, units: list[int], report: Callable):
                 f"No node of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs for an actor; set cpus_per_actor and "
                 "gpus_per_actor."
             )
-        DataContext.get_current().enable_progress_bars = False
+        DataContext.get_current().enable_progress_bars = False  # the run has one
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
         out = stages.table.files.unstrip_protocol(stages.table.folder)
         done = dataset.map_batches(
             UnitEmbedder,
             batch_size=1,
-            compute=ActorPoolStrategy(min_size=1, max_size=most),
+            compute=ActorPoolStrategy(size=min(most, len(units))),
             num_cpus=cpus,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
             fn_constructor_args=(
                 replace(settings, inputs=None, out=out, bf16=compute_on(settings)[1] == "bfloat16"),
                 stages.dataset,
