@@ -309,6 +309,9 @@ class TestInputs:
         assert remote["path"].to_pylist() == paths
         listed = self.listed(["memory://bucket/list.csv"], tmp_path / "listed", checkpoint)
         assert listed == [("x", "memory://bucket/sounds/exact.wav", 0, 10.24)]
+        memory.pipe("/bucket/text.wav", b"no sound")
+        run_embed(["memory://bucket/text.wav"], tmp_path / "broken", checkpoint)
+        assert read_errors(tmp_path / "broken")[0]["error"].startswith("cannot be read as audio")
         globbed = self.listed(["memory://bucket/sounds/*.wav"], tmp_path / "globbed", checkpoint)
         assert [row[1] for row in globbed] == ["memory:///bucket/sounds/exact.wav"]
 
@@ -451,13 +454,14 @@ class TestBrokenFiles:
                 os.replace(f"{folder}/second_0.wav", f"{folder}/{name}")
             os.chmod(f"{folder}/open.wav", 0o644)
             os.chmod(f"{folder}/closed.wav", 0)
-            clips = embed_decode.Cut(rate=RATE, shortest=513, segment=None, hop=0)
+            load_audio(sounds / "second_0.wav")  # the other user may not even read the libraries
+            cut = embed_decode.Cut(rate=RATE, shortest=513, segment=None, hop=0)
             reading, writing = os.pipe()
             if not (child := os.fork()):
                 try:
                     os.setuid(65534)
                     found = [
-                        embed_decode.decode_first(clips, Input(name, f"{folder}/{name}"), None)[0][0].error
+                        embed_decode.decode_first(cut, Input(name, f"{folder}/{name}"), None)[0][0].error
                         for name in ("open.wav", "closed.wav")
                     ]
                     os.write(writing, json.dumps(found).encode())
@@ -586,6 +590,7 @@ class TestResuming:
         assert summary["failed"] == len(pd.read_parquet(out / "errors.parquet"))
         return out
 
+    @pytest.mark.slow
     def test_after_kill_9(self, many, checkpoint, uninterrupted, tmp_path):
         out, shards = tmp_path / "out", {}
         for number in (0, 1, 5, 9):
@@ -636,6 +641,7 @@ class TestResuming:
         assert_same_table(tmp_path / "out", tmp_path / "whole")
         assert unfinished(tmp_path / "out") == []
 
+    @pytest.mark.slow
     def test_after_ctrl_c(self, many, checkpoint, uninterrupted, tmp_path):
         out = tmp_path / "out"
         # To the whole group of processes, as a terminal sends it.
@@ -654,6 +660,7 @@ class TestResuming:
         process.communicate()
         assert_same_table(out, uninterrupted)
 
+    @pytest.mark.slow
     def test_on_a_full_disk(self, many, checkpoint, tmp_path):
         def limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))  # bytes of a file; as if the disk was full then
@@ -690,6 +697,19 @@ class TestResuming:
         monkeypatch.delattr(embed_module, "Encoder")
         second = run_embed([str(sounds)], tmp_path / "out", checkpoint)
         assert all(first[name] == second[name] for name in ("files", "rows", "failed", "audio_hours"))
+
+    def test_of_what_was_mended(self, sounds, checkpoint, tmp_path):
+        shutil.copytree(sounds / "a", tmp_path / "a")
+        (tmp_path / "a" / "exact.wav").write_text("no sound")
+        run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)
+        shards = {path.name: path.stat().st_ino for path in (tmp_path / "out" / "embeddings").iterdir()}
+        shutil.copy(sounds / "a" / "exact.wav", tmp_path / "a")
+        assert run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)["failed"] == 1
+        assert run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, retry=True)["failed"] == 0
+        run_embed([str(tmp_path / "a")], tmp_path / "whole", checkpoint, shard_size=1)
+        assert_same_table(tmp_path / "out", tmp_path / "whole")
+        after = {path.name: path.stat().st_ino for path in (tmp_path / "out" / "embeddings").iterdir()}
+        assert [name for name in shards if after[name] != shards[name]] == ["part-00000.parquet"]
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -736,6 +756,7 @@ class TestCommandLine:
         printed, errors = process.communicate()
         return process.returncode, printed, errors
 
+    @pytest.mark.slow
     def test_exit_status_and_summary(self, sounds, checkpoint, tmp_path):
         common = ("-o", tmp_path / "out", "--checkpoint", checkpoint, "--workers", 1)
         status, printed, errors = self.run(sounds / "a", *common)

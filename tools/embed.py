@@ -31,9 +31,9 @@ from tqdm import tqdm
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import require
+from bat_audio.tools.data import require, without_decoding
 from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, DecodingProcesses, read_clips
-from bat_audio.tools.embed_inputs import Plan, list_inputs, read_content, read_dataset, write_plan
+from bat_audio.tools.embed_inputs import Input, Plan, list_inputs, read_dataset, write_plan
 from bat_audio.tools.embed_settings import EmbedSettings
 from bat_audio.tools.embed_table import PLACE, Table, row_schema, vectors_array
 
@@ -313,6 +313,7 @@ class Stages:
 
     def __init__(self, settings: EmbedSettings, dataset: tuple | None):
         self.settings, self.dataset = settings, dataset
+        self.sounds = None if dataset is None else without_decoding(*dataset)
         self.table = Table(settings.out)
         self.plan = Plan(self.table.open("inputs.parquet"))
         _, config = read_config(settings)
@@ -323,7 +324,11 @@ class Stages:
 
     def clips(self, units: Iterable[int], executor: Executor | None, workers: int) -> Iterator[tuple[int, Clip]]:
         """The windows of the units' recordings, each with its unit."""
-        inputs = ((unit, item, read_content(item, self.dataset)) for unit in units for item in self.plan.unit(unit))
+
+        def content(item: Input) -> bytes | None:
+            return None if item.row is None else self.sounds[item.row]["audio"]["bytes"]
+
+        inputs = ((unit, item, content(item)) for unit in units for item in self.plan.unit(unit))
         return read_clips(executor, self.cut, inputs, READ_AHEAD * workers)
 
     def write(self, unit: int, clips: Iterable[Clip], encoder: Encoder, report: Callable):
@@ -408,6 +413,8 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
     begin(settings, table, sources, dataset)
     stages = Stages(settings, dataset)
     plan, finished = stages.plan, table.finished_units()
+    if settings.retry:
+        finished = {unit for unit in finished if not table.read_footer(unit)["failed"]}
     progress = Progress(plan.num_inputs, sum(map(plan.size, finished)))
     with progress.bar:
         try:

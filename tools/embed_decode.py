@@ -152,7 +152,8 @@ def _window(cut: Cut, item: Input, content: bytes | None, number: int) -> Clip:
         with _opened(item.path, content) as source:
             samples = _samples(cut, source, start, duration)
     except Exception as error:  # whatever a decoder makes of a damaged file, the others go on
-        reason = str(error).removeprefix(f"{item.path}: ") or type(error).__name__
+        # load_audio names the file, which the table's columns do, or the type of an object that has no name.
+        reason = re.sub(rf"^({re.escape(item.path)}|<\w+>): ", "", str(error)) or type(error).__name__
         return cut.broken(item, number, reason)
     return Clip(item, start, start + len(samples) / cut.rate, samples)
 

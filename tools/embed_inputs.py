@@ -29,7 +29,6 @@ from bat_audio.tools.data import (
     manifest_rows,
     read_seconds,
     sound_suffixes,
-    without_decoding,
 )
 
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
@@ -92,11 +91,6 @@ def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Datase
     return None
 
 
-def read_content(item: Input, dataset: tuple["datasets.Dataset", str] | None) -> bytes | None:  # noqa: F821
-    """The sound file inside the dataset, if it lies there."""
-    return None if item.row is None else EmbeddedAudio(without_decoding(*dataset), item.row, item.path).open().read()
-
-
 def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | None) -> Iterator[tuple[Input, int]]:  # noqa: F821
     """Every recording with its size in bytes, where that costs nothing to know, and else 0.
 
@@ -112,10 +106,12 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
         FileNotFoundError: no such input.
     """
     if dataset is not None:
+        if len(dataset[0]) == 0:
+            raise ValueError(f"{dataset[1]}: there are no rows in it.")
         yield from ((item, 0) for item in _of_dataset(*dataset))
         return
     for source in map(str, sources):
-        listed = (item for item in _of_source(source))
+        listed = _of_source(source)
         first = next(listed, None)
         if first is None:
             raise ValueError(f"{source}: no sounds in it. Name sound files, folders of them, or lists of them.")

@@ -10,7 +10,7 @@ ENGINES = ("local", "ray")
 SEGMENT = 10.24  # s, the encoder's input
 # What may change between a run and its continuation, because no row depends on it.
 FREE = {
-    *("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict"),
+    *("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict", "retry"),
     *("engine", "ray_address", "cpus_per_actor", "gpus_per_actor"),
 }
 
@@ -50,6 +50,7 @@ class EmbedSettings:
     workers: int | None = _option(None, "Processes that decode and resample; default: one per core.")
     shard_size: int = _option(512, "Files of a shard, the most that an interrupted run has to do again.")
     strict: bool = _option(False, "Stop at the first broken file instead of listing it in errors.parquet.")
+    retry: bool = _option(False, "Do those shards again of which recordings were broken that are mended by now.")
     engine: str = _option("local", f"{' or '.join(ENGINES)}.")
     ray_address: str | None = _option(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
     cpus_per_actor: int | None = _option(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")

@@ -63,10 +63,17 @@ class Table:
     def shard(self, unit: int) -> str:
         return f"embeddings/part-{unit:05d}.parquet"
 
+    def names(self, folder: str = "") -> list[str]:
+        """What lies in the folder; nothing where it is not there, which file systems for objects cannot tell."""
+        self.files.invalidate_cache()
+        try:
+            return sorted(map(os.path.basename, self.files.ls(self.path(folder), detail=False)))
+        except FileNotFoundError:
+            return []
+
     def other_files(self) -> list[str]:
-        """What lies in the folder besides what a run leaves that was killed before it wrote metadata.json."""
-        names = map(os.path.basename, self.files.ls(self.folder, detail=False) if self.exists("") else [])
-        return sorted(n for n in names if n not in ("inputs.parquet", "embeddings") and not n.startswith(PARTIAL))
+        """Besides what a run leaves that was killed before it wrote metadata.json."""
+        return [n for n in self.names() if n not in ("inputs.parquet", "embeddings") and not n.startswith(PARTIAL)]
 
     def exists(self, name: str) -> bool:
         return self.files.exists(self.path(name))
@@ -77,9 +84,9 @@ class Table:
     def prepare(self):
         """Make the folder, and remove what killed runs have left."""
         self.files.makedirs(self.path("embeddings"), exist_ok=True)
-        for path in self.files.ls(self.folder, detail=False):
-            if os.path.basename(path).startswith(PARTIAL):
-                self.files.rm(path)
+        for name in self.names():
+            if name.startswith(PARTIAL):
+                self.files.rm(self.path(name))
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator:
@@ -108,9 +115,13 @@ class Table:
         return json.loads(self.files.cat_file(self.path(name)))
 
     def finished_units(self) -> set[int]:
-        self.files.invalidate_cache()
-        names = map(os.path.basename, self.files.ls(self.path("embeddings"), detail=False))
+        names = self.names("embeddings")
         return {int(match[1]) for match in (re.fullmatch(r"part-(\d+)\.parquet", name) for name in names) if match}
+
+    def read_footer(self, unit: int) -> dict:
+        """`rows` of a shard, `seconds` of sound in them, how many inputs `failed`, and the `errors`."""
+        footer = parquet.read_metadata(self.path(self.shard(unit)), filesystem=self.files)
+        return {"rows": footer.num_rows, **json.loads(footer.metadata[FOOTER.encode()])}
 
     @contextlib.contextmanager
     def write_shard(self, unit: int, schema: pa.Schema) -> Iterator["ShardWriter"]:
@@ -132,9 +143,8 @@ class Table:
         rows, seconds, failed = 0, 0.0, 0
         with self.write("errors.parquet") as file, parquet.ParquetWriter(file, ERRORS) as writer:
             for unit in range(num_units):
-                footer = parquet.read_metadata(self.path(self.shard(unit)), filesystem=self.files)
-                about = json.loads(footer.metadata[FOOTER.encode()])
-                rows, seconds, failed = rows + footer.num_rows, seconds + about["seconds"], failed + about["failed"]
+                about = self.read_footer(unit)
+                rows, seconds, failed = rows + about["rows"], seconds + about["seconds"], failed + about["failed"]
                 if about["errors"]:
                     writer.write_table(pa.Table.from_pylist(about["errors"], ERRORS))
         return {"rows": rows, "failed": failed, "audio_hours": seconds / 3600}
