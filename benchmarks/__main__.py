@@ -9,7 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bat_audio import BatConfig, BatModel
-from benchmarks import encoder, front_end, gpu, long_audio, memory, startup
+from benchmarks import embed, encoder, front_end, gpu, long_audio, memory, startup
 from benchmarks.harness import ROOT, Settings, describe_machine, markdown, write_report
 
 SECTIONS = {  # what runs each, and where
@@ -18,9 +18,11 @@ SECTIONS = {  # what runs each, and where
     "front_end": (front_end.run, "cpu"),
     "memory": (memory.run, "cpu"),
     "startup": (startup.run, "cpu"),
+    "embed": (embed.run, "cpu"),
     "cuda": (gpu.run, "cuda"),
     "cuda_long_audio": (long_audio.run, "cuda"),
     "cuda_memory": (memory.run, "cuda"),
+    "cuda_embed": (embed.run, "cuda"),
 }
 
 

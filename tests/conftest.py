@@ -80,6 +80,14 @@ def run(command: list[str], cwd: Path | None = None, check: bool = True, **envir
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """A tiny encoder for which 10.24 s are four chunks."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(chunk_time_patches=16).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def full_weights(tmp_path_factory) -> Path:
     """model.safetensors of the published size with the golden recipe's weights."""
     _, metadata = load_golden("encoder_full")

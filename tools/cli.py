@@ -1,4 +1,4 @@
-"""The command line `bat-audio`: look at sounds, and fine-tune, convert, export and publish BAT models."""
+"""The command line `bat-audio`: embed and look at recordings; fine-tune, convert, export and publish BAT models."""
 
 import functools
 import inspect
@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
+from bat_audio.tools.embed_settings import EmbedSettings
 from bat_audio.tools.recipes import FinetuneSettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,8 +25,8 @@ Start = Annotated[float, typer.Option(help="Where the part of the recording begi
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
 
 
-def command(function: Callable) -> Callable:
-    """Make a subcommand whose foreseen errors are one line and exit status 1."""
+def command(function: Callable, usage_errors: tuple[type[Exception], ...] = ()) -> Callable:
+    """Make a subcommand whose foreseen errors are one line and exit status 1, or 2 for those of wrong usage."""
 
     @functools.wraps(function)
     def run(*args, debug: bool = False, **kwargs):
@@ -38,7 +39,7 @@ def command(function: Callable) -> Callable:
             if "in DataLoader worker process" in message:  # a traceback, and its last line what is the matter
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(2 if isinstance(error, usage_errors) else 1) from error
 
     signature = inspect.signature(function)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
@@ -46,9 +47,12 @@ def command(function: Callable) -> Callable:
     return app.command()(run)
 
 
-def _options_of(settings_class: type) -> list[inspect.Parameter]:
-    """A command's parameters from the fields of a dataclass and their help; the first field is the argument."""
-    hints = {**get_type_hints(settings_class), "train": str, "validation": str | None}
+def _options_of(settings_class: type, **types) -> list[inspect.Parameter]:
+    """A command's parameters from the fields of a dataclass and their help; the first field is the argument.
+
+    `types` are those that a command line gives, of fields that take more than that in Python.
+    """
+    hints = {**get_type_hints(settings_class), **types}
     parameters = []
     for item in fields(settings_class):
         names = ["--out", "-o"] if item.name == "out" else []
@@ -140,8 +144,38 @@ def finetune(**options):
         typer.echo(json.dumps({"model": options["out"], **metrics}))
 
 
-finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings))
+finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings, train=str, validation=str | None))
 command(finetune)
+
+
+def embed(**options):
+    """Embed recordings into a table: Parquet files with a row for every 10.24 s, or every recording.
+
+    \b
+    bat-audio embed sounds/ -o embeddings/
+    bat-audio embed "field/**/*.flac" -o embeddings/ --segment 5 --hop 2.5 --pool mean
+    bat-audio embed list.csv -o s3://bucket/embeddings --whole --engine ray
+
+    What was stopped goes on when the command is repeated. Broken recordings are listed in errors.parquet. The exit
+    status is 0, 1 where recordings were broken or the run was stopped, and 2 for options or inputs that are wrong.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from bat_audio.tools.embed import embed
+
+    disable_progress_bar()  # of loading the weights, which would cut through the bar of the run
+    try:
+        summary = embed(EmbedSettings(**options))
+    except KeyboardInterrupt as interrupt:
+        typer.echo("interrupted; the same command goes on from there", err=True)
+        raise typer.Exit(130) from interrupt
+    typer.echo(json.dumps({"table": options["out"], **{name: round(value, 4) for name, value in summary.items()}}))
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+embed.__signature__ = inspect.Signature(_options_of(EmbedSettings, inputs=list[str]))
+command(embed, usage_errors=(ValueError, FileNotFoundError))
 
 
 @command

@@ -5,9 +5,11 @@
 Shapes: T frames of 10 ms, M mel bands, C labels, S = T/16 steps of 160 ms.
 """
 
+import contextlib
 import csv
 import importlib
 import io
+import itertools
 import math
 import os
 from collections import Counter, defaultdict
@@ -16,6 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from huggingface_hub.errors import HTTPError
@@ -105,10 +108,9 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
     name = "the dataset"
     if isinstance(source, str | Path):
         name, path = str(source), Path(source)
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            source = require("datasets").load_from_disk(name)
-        elif hub_id(source) and path.suffix.lower() not in MANIFEST_SUFFIXES:
-            source = _load_from_hub(name)
+        dataset = load_named_dataset(source)
+        if dataset is not None:
+            source = dataset
         elif split is not None:
             raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
         elif path.is_dir():
@@ -122,7 +124,7 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
 
     clips: dict[tuple, dict] = {}  # (file, start, duration) -> its events, as the keys of a dict
     for where, file, cells in rows:
-        clip = file, _seconds(cells, "start", where) or 0.0, _seconds(cells, "duration", where)
+        clip = file, read_seconds(cells, "start", where) or 0.0, read_seconds(cells, "duration", where)
         if clip[2] == 0:
             raise ValueError(f"{where}: duration=0 holds no sound; leave it empty to reach to the end of the file.")
         clips.setdefault(clip, {}).update(dict.fromkeys(_events(cells, where, clip[2], frames)))
@@ -143,9 +145,14 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
     ]
 
 
-def _folder_examples(folder: Path) -> list[Example]:
+def sound_suffixes() -> set[str]:
+    """How the names of files end that libsndfile reads, in small letters."""
     suffixes = {f".{name.lower()}" for name in require("soundfile").available_formats()} | OTHER_SUFFIXES
-    suffixes -= {".raw"}  # which has no header to tell what is in it
+    return suffixes - {".raw"}  # which has no header to tell what is in it
+
+
+def _folder_examples(folder: Path) -> list[Example]:
+    suffixes = sound_suffixes()
 
     def is_sound(path: Path) -> bool:
         return path.suffix.lower() in suffixes
@@ -182,43 +189,82 @@ def _manifest_rows(file: Path, frames: bool) -> Iterator[tuple[str, str, dict]]:
     """The name, sound file and cells of each row, the labels in the cell `labels`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file or folder.")
-    if file.suffix.lower() == ".csv":
-        try:
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                reader = csv.DictReader(lines, strict=True)
-                columns = reader.fieldnames or []
-                rows = [(f"{file}, line {reader.line_num}", cells) for cells in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{file}: cannot be read as CSV in UTF-8: {error}.") from error
-        for where, cells in rows:
-            if None in cells or None in cells.values():  # more or fewer cells than columns
-                raise ValueError(f"{where}: expected {len(columns)} cells as in line 1; quote cells that hold commas.")
-    elif file.suffix.lower() == ".parquet":
-        parquet = require("pyarrow.parquet")
-        try:
-            table = parquet.ParquetFile(file)
-            columns = table.schema_arrow.names
-            table = table.read([column for column in columns if column in MANIFEST_COLUMNS])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: cannot be read as Parquet: {error}") from error
-        rows = ((f"{file}, row {number}", cells) for number, cells in enumerate(table.to_pylist()))
-    else:
+    if file.suffix.lower() not in MANIFEST_SUFFIXES:
         raise ValueError(f"{file}: expected a folder, or a file that ends in .csv or .parquet.")
-
+    columns = manifest_columns(str(file))
     target = "label" if "label" in columns and "labels" not in columns else "labels"
-    _check_columns(columns, str(file), ["path", target, *(["onset", "offset"] if frames else [])])
-    for where, cells in rows:
-        if not isinstance(cells["path"], str) or not cells["path"]:
-            raise ValueError(f"{where}: path={cells['path']!r} names no sound file.")
+    check_columns(columns, str(file), ["path", target, *(["onset", "offset"] if frames else [])])
+    for where, cells in manifest_rows(str(file), MANIFEST_COLUMNS):
         yield where, str(file.parent / cells["path"]), {**cells, "labels": cells[target]}
 
 
-def _load_from_hub(name: str) -> "datasets.DatasetDict":  # noqa: F821
+def manifest_columns(file: str) -> list[str]:
+    """The columns of a CSV (commas, UTF-8) or Parquet file, which may be an address of fsspec; errors as below."""
+    with _open_manifest(file) as manifest:
+        return list(manifest.fieldnames or []) if isinstance(manifest, csv.DictReader) else manifest.schema_arrow.names
+
+
+def manifest_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """The name and cells of each row of a CSV or Parquet file; of a Parquet file only the columns that are named.
+
+    Raises:
+        ValueError: it cannot be read, or a row has too many cells or no path; the message names the row.
+        OSError: it is not there.
+    """
+
+    def named_rows():
+        if isinstance(manifest, csv.DictReader):
+            for cells in manifest:
+                where = f"{file}, line {manifest.line_num}"
+                if None in cells or None in cells.values():  # more or fewer cells than columns
+                    number = len(manifest.fieldnames)
+                    raise ValueError(f"{where}: expected {number} cells as in line 1; quote cells that hold commas.")
+                yield where, cells
+        else:
+            known = [column for column in manifest.schema_arrow.names if column in columns]
+            batches = manifest.iter_batches(columns=known)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"{file}, row {number}", cells) for number, cells in enumerate(rows))
+
+    with _open_manifest(file) as manifest:
+        for where, cells in named_rows():
+            if not isinstance(cells["path"], str) or not cells["path"]:
+                raise ValueError(f"{where}: path={cells['path']!r} names no sound file.")
+            yield where, cells
+
+
+@contextlib.contextmanager
+def _open_manifest(file: str) -> Iterator["csv.DictReader | pyarrow.parquet.ParquetFile"]:  # noqa: F821
+    with fsspec.open(file, "rb") as content:
+        if file.lower().endswith(".csv"):
+            try:
+                yield csv.DictReader(io.TextIOWrapper(content, "utf-8-sig", newline=""), strict=True)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"{file}: cannot be read as CSV in UTF-8: {error}.") from error
+        else:
+            arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+            try:
+                yield parquet.ParquetFile(content)
+            except (arrow.ArrowException, OSError) as error:
+                raise ValueError(f"{file}: cannot be read as Parquet: {error}") from error
+
+
+def load_named_dataset(source: str | Path) -> "datasets.Dataset | datasets.DatasetDict | None":  # noqa: F821
+    """The dataset in a folder of save_to_disk, or of this name on the Hub; None where the source can be neither.
+
+    Raises:
+        OSError: it looks like a name on the Hub, but there is no such dataset.
+    """
+    path = Path(source)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return require("datasets").load_from_disk(str(path))
+    if not hub_id(source) or path.suffix.lower() in MANIFEST_SUFFIXES:
+        return None
     try:
-        return require("datasets").load_dataset(name)
+        return require("datasets").load_dataset(source)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HTTPError: of the Hub's client, no OSError
         raise OSError(
-            f"{name}: no such file or folder here, and no dataset of that name could be had from the Hub "
+            f"{source}: no such file or folder here, and no dataset of that name could be had from the Hub "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -228,43 +274,19 @@ def _dataset_rows(
 ) -> Iterator[tuple[str, str | EmbeddedAudio, dict]]:
     """The same of a `datasets` dataset; an event is a row of its own."""
     datasets = require("datasets")
-    if isinstance(dataset, datasets.DatasetDict):
-        if split is None and len(dataset) == 1:
-            split = next(iter(dataset))
-        if split not in dataset:
-            raise ValueError(f"{name}: split={split!r} is none of its splits; choose from {', '.join(dataset)}.")
-        dataset, name = dataset[split], f"{name}, split {split}"
-    elif split is not None:
-        raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"Got a data source of type {type(dataset).__name__}; expected a folder, a .csv or .parquet file, or a "
-            "datasets.Dataset or DatasetDict."
-        )
+    dataset, name = choose_split(dataset, name, split)
     columns = dataset.column_names
     target = "events" if frames else "label" if "label" in columns and "labels" not in columns else "labels"
-    _check_columns(columns, name, ["audio", target])
+    check_columns(columns, name, ["audio", target])
     names = dataset.features[target]  # of the classes, where they are numbers
     while not (names is None or isinstance(names, datasets.ClassLabel)):
         if isinstance(names, list):  # as datasets 3 writes lists of dicts
             names = names[0]
         else:
             names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
-    try:
-        audio = dataset.select_columns("audio").cast_column("audio", datasets.Audio(decode=False)).with_format(None)
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name}: the column audio holds no sound files, neither paths nor bytes ({error})."
-        ) from error
-    all_embedded = audio.flatten().data.column("audio.bytes").null_count == 0  # tells without reading them
     others = dataset.select_columns([column for column in (target, "start", "duration") if column in columns])
-    for number, cells in enumerate(others.with_format(None)):
+    for number, (cells, file) in enumerate(zip(others.with_format(None), dataset_sounds(dataset, name), strict=True)):
         where = f"{name}, row {number}"
-        sound = {} if all_embedded else audio[number]["audio"] or {}
-        is_embedded = all_embedded or sound.get("bytes") is not None
-        if not is_embedded and not sound.get("path"):
-            raise ValueError(f"{where}: the column audio is empty.")
-        file = EmbeddedAudio(audio, number, name) if is_embedded else sound["path"]
         events = (cells[target] or [{}]) if frames else [{"label": cells[target]}]
         if isinstance(events, dict):  # a list of dicts in the form of a dict of lists
             events = [dict(zip(events, values, strict=True)) for values in zip(*events.values(), strict=True)] or [{}]
@@ -280,7 +302,49 @@ def _dataset_rows(
             yield where, file, {**cells, **event, "labels": labels}
 
 
-def _check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
+def choose_split(dataset, name: str, split: str | None) -> tuple["datasets.Dataset", str]:  # noqa: F821
+    """The dataset of this split, and its name; raises a ValueError where it cannot be told."""
+    datasets = require("datasets")
+    if isinstance(dataset, datasets.DatasetDict):
+        if split is None and len(dataset) == 1:
+            split = next(iter(dataset))
+        if split not in dataset:
+            raise ValueError(f"{name}: split={split!r} is none of its splits; choose from {', '.join(dataset)}.")
+        dataset, name = dataset[split], f"{name}, split {split}"
+    elif split is not None:
+        raise ValueError(f"split={split!r} chooses from a DatasetDict, but {name} is none; leave it out.")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"Got a data source of type {type(dataset).__name__}; expected a folder, a .csv or .parquet file, or a "
+            "datasets.Dataset or DatasetDict."
+        )
+    return dataset, name
+
+
+def dataset_sounds(dataset: "datasets.Dataset", name: str) -> Iterator[str | EmbeddedAudio]:  # noqa: F821
+    """The sound of each row in the column `audio`; raises a ValueError where there is none."""
+    audio = without_decoding(dataset, name)
+    all_embedded = audio.flatten().data.column("audio.bytes").null_count == 0  # tells without reading them
+    for number in range(len(audio)):
+        sound = {} if all_embedded else audio[number]["audio"] or {}
+        is_embedded = all_embedded or sound.get("bytes") is not None
+        if not is_embedded and not sound.get("path"):
+            raise ValueError(f"{name}, row {number}: the column audio is empty.")
+        yield EmbeddedAudio(audio, number, name) if is_embedded else sound["path"]
+
+
+def without_decoding(dataset: "datasets.Dataset", name: str) -> "datasets.Dataset":  # noqa: F821
+    """The column `audio` as dicts with `bytes` and `path`; raises a ValueError where it is none of audio."""
+    datasets = require("datasets")
+    try:
+        return dataset.select_columns("audio").cast_column("audio", datasets.Audio(decode=False)).with_format(None)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: the column audio holds no sound files, neither paths nor bytes ({error})."
+        ) from error
+
+
+def check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
     missing = [column for column in required if column not in columns]
     if missing:
         raise ValueError(
@@ -289,7 +353,7 @@ def _check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
         )
 
 
-def _seconds(cells: dict, column: str, where: str) -> float | None:
+def read_seconds(cells: dict, column: str, where: str) -> float | None:
     value = cells.get(column)
     if value is None or value == "":
         return None
@@ -312,7 +376,7 @@ def _events(cells: dict, where: str, duration: float | None, frames: bool) -> li
     for label in labels:
         if not isinstance(label, str | int) or not str(label).strip():
             raise ValueError(f"{where}: labels={cells['labels']!r} holds {label!r}, which is no label; expected text.")
-    onset, offset = _seconds(cells, "onset", where), _seconds(cells, "offset", where)
+    onset, offset = read_seconds(cells, "onset", where), read_seconds(cells, "offset", where)
     times = f"{where}: onset={onset} and offset={offset}"
     if (onset is None) != (offset is None) or (frames and (onset is None) != (not labels)):
         raise ValueError(f"{times} with {len(labels)} labels; an event needs all three, a clip without events none.")
@@ -322,12 +386,12 @@ def _events(cells: dict, where: str, duration: float | None, frames: bool) -> li
     return [(onset, offset, str(label).strip()) for label in labels]
 
 
-def require(library: str):
+def require(library: str, extra: str = "train"):
     """An optional library, or an ImportError that says how to install it."""
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[train]"') from error
+        raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[{extra}]"') from error
 
 
 def _some(items: Sequence) -> str:

@@ -1,0 +1,100 @@
+"""The Ray engine writes the table of the single machine, on one node, on two, and when one of two is killed."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_embed import assert_same_table, descendants, make_many, read_errors, run_embed, unfinished
+
+from bat_audio.tools.embed import BrokenRecordingError
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "frames": True}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    make_many(folder, 100, broken_every=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(many, checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("local") / "out"
+    run_embed([str(many)], out, checkpoint, **OPTIONS)
+    return out
+
+
+@pytest.fixture
+def two_nodes():
+    """A cluster of a head without cores, and two nodes with room for one actor each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=torch.get_num_threads()) for _ in range(2)]
+    cluster.wait_for_nodes()
+    ray.init(cluster.address, logging_level="error", log_to_driver=False)
+    try:
+        yield cluster, nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_same_table_on_a_cluster_of_its_own(many, local, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(many.parent)
+    options = {"engine": "ray", "cpus_per_actor": torch.get_num_threads(), **OPTIONS}
+    summary = run_embed([str(many)], "out", checkpoint, **options)
+    assert summary["failed"] == len({row["path"] for row in read_errors(local)})
+    assert_same_table(many.parent / "out", local)
+    assert not ray.is_initialized()
+    with pytest.raises(ValueError, match=r"settings\.pool was 'cls\+mean' and is 'cls'"):
+        run_embed([str(many)], "out", checkpoint, **{**options, "pool": "cls"})
+
+
+def test_same_table_when_a_node_is_killed(many, local, checkpoint, tmp_path, two_nodes):
+    cluster, nodes = two_nodes
+    out, failure = tmp_path / "out", []
+
+    def run():
+        try:
+            run_embed([str(many)], out, checkpoint, engine="ray", cpus_per_actor=torch.get_num_threads(), **OPTIONS)
+        except BaseException as error:
+            failure.append(error)
+
+    def has_actor(node) -> bool:
+        """Ray names its processes after what they run; they are children of their node's raylet."""
+        children = descendants(node.all_processes["raylet"][0].process.pid)
+        return any(b"UnitEmbedder" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive() and not (all(map(has_actor, nodes)) and len(list(out.glob("embeddings/*"))) >= 2):
+        time.sleep(0.02)
+    done = len(list(out.glob("embeddings/*")))
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    thread.join(300)
+    assert not thread.is_alive()
+    assert not failure, failure
+    assert 2 <= done < 15
+    assert_same_table(out, local)
+    assert len(unfinished(out)) <= 1  # of the node that was killed
+
+
+def test_a_broken_recording_stops_a_strict_run(many, checkpoint, tmp_path):
+    with pytest.raises(BrokenRecordingError, match="without strict"):
+        run_embed([str(many)], tmp_path / "out", checkpoint, engine="ray", strict=True, **OPTIONS)
+
+
+def test_goes_on_where_the_other_engine_stopped(many, local, checkpoint, tmp_path):
+    options = {"engine": "ray", "cpus_per_actor": torch.get_num_threads(), **OPTIONS}
+    run_embed([str(many)], tmp_path / "out", checkpoint, **OPTIONS)
+    for unit in (0, 3, 7):
+        (tmp_path / "out" / "embeddings" / f"part-{unit:05d}.parquet").unlink()
+    run_embed([str(many)], tmp_path / "out", checkpoint, **options)
+    assert_same_table(tmp_path / "out", local)

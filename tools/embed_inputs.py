@@ -1,0 +1,255 @@
+"""What to embed: files, folders, globs, lists of files and datasets, as one list that is cut into units of work.
+
+`list_inputs` goes through them in an order that depends on their names alone. `write_plan` keeps the list in a Parquet
+file, one row group for each unit, so that neither the list nor the table of embeddings is ever in memory as a whole.
+"""
+
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+from fsspec.core import has_magic, url_to_fs
+from pyarrow import parquet
+from transformers.utils import logging
+
+from bat_audio.tools.data import (
+    MANIFEST_SUFFIXES,
+    EmbeddedAudio,
+    check_columns,
+    choose_split,
+    dataset_sounds,
+    load_named_dataset,
+    manifest_columns,
+    manifest_rows,
+    read_seconds,
+    sound_suffixes,
+)
+
+LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
+FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
+UNIT_BYTES = 1 << 20  # times the files of a unit: a unit of long recordings has fewer of them
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "path": pa.string(),
+        "start": pa.float64(),
+        "duration": pa.float64(),
+        "row": pa.int64(),
+    }
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A recording, or the part of it that begins at `start` and lasts `duration`.
+
+    Args:
+        id: as in the list of files, else the path.
+        path: as it was given, or an address of fsspec; of a sound inside a dataset the dataset's name and the row.
+        start, duration: the part, in seconds; a duration of None reaches to the end of the file.
+        row: of the sound inside a dataset.
+    """
+
+    id: str
+    path: str
+    start: float = 0.0
+    duration: float | None = None
+    row: int | None = None
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is one for fsspec, such as s3://bucket/sound.wav."""
+    return "://" in path or "::" in path
+
+
+def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Dataset", str] | None:  # noqa: F821
+    """The dataset, and its name, if the source is one.
+
+    Raises:
+        ValueError: a dataset among other sources, or the split cannot be told.
+        OSError: it looks like a name on the Hub, but there is no such dataset.
+    """
+    is_path = [isinstance(source, str | Path) for source in sources]
+    found = [
+        s if not path else None if is_address(str(s)) or Path(s).suffix else load_named_dataset(s)
+        for s, path in zip(sources, is_path, strict=True)
+    ]
+    if any(dataset is not None for dataset in found):
+        if len(found) > 1:
+            raise ValueError(f"Got {len(found)} inputs with a dataset among them; embed a dataset by itself.")
+        return choose_split(found[0], str(sources[0]) if is_path[0] else "the dataset", split)
+    if split is not None:
+        raise ValueError(f"split={split!r} chooses from a dataset, but none is among the inputs; leave it out.")
+    return None
+
+
+def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | None) -> Iterator[tuple[Input, int]]:  # noqa: F821
+    """Every recording with its size in bytes, where that costs nothing to know, and else 0.
+
+    Args:
+        sources: paths, globs and addresses; of folders the sounds in them, by their names, sorted folder by folder.
+            Hidden files are left out, and files that are no sounds by name with a warning. Lists are .txt files with a
+            path per line, and .csv or .parquet files with the column `path` and optionally `id`, and `start` and
+            `duration` in seconds; their paths are relative to the file itself.
+        dataset: as of `read_dataset`; takes the place of the sources.
+
+    Raises:
+        ValueError: an input without sounds, or a list that cannot be read; the message names file and row.
+        FileNotFoundError: no such input.
+    """
+    if dataset is not None:
+        if len(dataset[0]) == 0:
+            raise ValueError(f"{dataset[1]}: there are no rows in it.")
+        yield from ((item, 0) for item in _of_dataset(*dataset))
+        return
+    for source in map(str, sources):
+        listed = _of_source(source)
+        first = next(listed, None)
+        if first is None:
+            raise ValueError(f"{source}: no sounds in it. Name sound files, folders of them, or lists of them.")
+        yield first
+        yield from listed
+
+
+def _of_source(source: str) -> Iterator[tuple[Input, int]]:
+    files, root = url_to_fs(source)
+    if has_magic(source) and not files.exists(root):
+        if is_address(source):
+            matches = [files.unstrip_protocol(match) for match in files.glob(root)]
+        else:
+            matches = glob.glob(source, recursive=True)
+        for match in sorted(matches):
+            yield from _of_source(match)
+    elif files.isdir(root):
+        for path, size in _of_folder(source):
+            yield Input(path, path), size
+    elif not files.exists(root):
+        raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
+    elif source.lower().endswith(LIST_SUFFIXES):
+        yield from ((item, _size(item.path)) for item in _of_list(source))
+    else:
+        yield Input(source, source), _size(source)
+
+
+def _of_folder(folder: str) -> Iterator[tuple[str, int]]:
+    suffixes, skipped, first_skipped = sound_suffixes() | FFMPEG_SUFFIXES, 0, None
+    for parent, names in _walk(folder):
+        for name in sorted(name for name in names if name[0] != "."):
+            path = os.path.join(parent, name)
+            if os.path.splitext(name)[1].lower() in suffixes:
+                yield path, _size(path) if names[name] is None else names[name]
+            else:
+                skipped, first_skipped = skipped + 1, first_skipped or path
+    if skipped:
+        logger.warning(f"{folder}: {skipped} files are left out that are no sounds by name (first: {first_skipped}).")
+
+
+def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Each folder, in order, and the sizes of its files, where the listing tells them."""
+    if not is_address(folder):
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            yield parent, dict.fromkeys(names)
+        return
+    files, root = url_to_fs(folder)
+    for parent, folders, entries in files.walk(root, detail=True):
+        visible = {name: folders[name] for name in sorted(folders) if name[0] != "."}
+        folders.clear()
+        folders.update(visible)
+        yield files.unstrip_protocol(parent), {name: entry["size"] for name, entry in entries.items()}
+
+
+def _size(path: str) -> int:
+    """Of a local file; asking for each remote one would take longer than the answer is worth."""
+    return os.path.getsize(path) if not is_address(path) and os.path.isfile(path) else 0
+
+
+def _of_list(source: str) -> Iterator[Input]:
+    def beside(path: str) -> str:
+        return path if is_address(path) else os.path.join(os.path.dirname(source), path)
+
+    if source.lower().endswith(".txt"):
+        try:
+            with fsspec.open(source, "rb") as content:
+                for line in io.TextIOWrapper(content, "utf-8-sig"):
+                    if line.strip():
+                        path = beside(line.rstrip("\r\n"))
+                        yield Input(path, path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source}: cannot be read as text in UTF-8: {error}.") from error
+    else:
+        check_columns(manifest_columns(source), source, ["path"])
+        for where, cells in manifest_rows(source, ["path", "id", "start", "duration"]):
+            yield _of_row(cells, where, beside(cells["path"]))
+
+
+def _of_dataset(dataset: "datasets.Dataset", name: str) -> Iterator[Input]:  # noqa: F821
+    check_columns(dataset.column_names, name, ["audio"])
+    others = [column for column in ("id", "start", "duration") if column in dataset.column_names]
+    rows = dataset.select_columns(others).with_format(None) if others else [{}] * len(dataset)
+    for number, (cells, sound) in enumerate(zip(rows, dataset_sounds(dataset, name), strict=True)):
+        row = number if isinstance(sound, EmbeddedAudio) else None
+        yield _of_row(cells, f"{name}, row {number}", str(sound), row)
+
+
+def _of_row(cells: dict, where: str, path: str, row: int | None = None) -> Input:
+    duration = read_seconds(cells, "duration", where)
+    if duration == 0:
+        raise ValueError(f"{where}: duration=0 holds no sound; leave it empty to reach to the end of the file.")
+    name = cells.get("id")
+    return Input(
+        path if name in (None, "") else str(name), path, read_seconds(cells, "start", where) or 0.0, duration, row
+    )
+
+
+def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dict:
+    """Write the inputs to an open Parquet file, each once, cut into units of at most `unit_size` inputs.
+
+    Returns:
+        `files`, how many there are, and `sha256` of the list.
+    """
+    digest, seen, unit, unit_bytes, count = hashlib.sha256(), set(), [], 0, 0
+    with parquet.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+
+        def write_unit():
+            writer.write_table(pa.Table.from_pylist([vars(item) for item in unit], SCHEMA))
+
+        for item, size in inputs:
+            key = hashlib.blake2b(repr(astuple(item)).encode(errors="surrogateescape"), digest_size=16).digest()
+            count += 1
+            if key in seen:
+                continue
+            seen.add(key)
+            digest.update(key)
+            if len(unit) == unit_size or unit_bytes >= unit_size * UNIT_BYTES:
+                write_unit()
+                unit, unit_bytes = [], 0
+            unit.append(item)
+            unit_bytes += size
+        write_unit()
+    if count > len(seen):
+        logger.warning(f"{count - len(seen)} of {count} inputs are named more than once, and count once.")
+    return {"files": len(seen), "sha256": digest.hexdigest()}
+
+
+class Plan:
+    """The list of inputs in a Parquet file of `write_plan`, unit by unit."""
+
+    def __init__(self, file):
+        self.file = parquet.ParquetFile(file)
+        self.num_inputs = self.file.metadata.num_rows
+        self.num_units = self.file.num_row_groups
+
+    def size(self, unit: int) -> int:
+        return self.file.metadata.row_group(unit).num_rows
+
+    def unit(self, number: int) -> list[Input]:
+        return [Input(**row) for row in self.file.read_row_group(number).to_pylist()]

@@ -1,0 +1,93 @@
+"""Settings of `bat-audio embed`."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from bat_audio.tools.recipes import _option
+
+POOLS = ("cls", "mean", "cls+mean")
+ENGINES = ("local", "ray")
+SEGMENT = 10.24  # s, the encoder's input
+# What may change between a run and its continuation, because no row depends on it.
+FREE = {
+    *("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict", "retry"),
+    *("engine", "ray_address", "cpus_per_actor", "gpus_per_actor"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """Everything that decides a run of `embed`. The command line has these options.
+
+    Raises:
+        ValueError: options that exclude each other or are out of range.
+    """
+
+    inputs: Any = field(
+        metadata={
+            "help": "Files, folders, globs, lists of files (.txt, or .csv or .parquet with the column path and perhaps "
+            "id, start and duration), or a dataset: saved, or of the Hub."
+        }
+    )
+    out: str = field(metadata={"help": "Folder to write, or its address (s3://, gs://, hf://)."})
+    checkpoint: str | None = _option(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
+    revision: str | None = _option(None, "Commit, branch or tag of the encoder on the Hub.")
+    split: str | None = _option(None, "Split of a dataset that has several.")
+
+    segment: float | None = _option(None, f"Length of the windows, in seconds; default: {SEGMENT}.")
+    hop: float | None = _option(None, "From one window's start to the next one's, in seconds; default: the length.")
+    whole: bool = _option(False, "One row per recording instead of windows; long ones run in chunks.")
+    num_frames: int = _option(1024, "Frames of 10 ms that shorter clips are zero-padded to, a multiple of 16.")
+    pool: str = _option("cls", f"What stands for a clip: {', '.join(POOLS)}. Padding does not count.")
+    frames: bool = _option(False, "Also write `tokens`, one vector for every 160 ms.")
+    layers: str | None = _option(None, "Also write the CLS tokens of these blocks, counted from 1, such as 6,12.")
+    float16: bool = _option(False, "Store float16 instead of float32.")
+
+    device: str = _option("auto", "cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
+    bf16: bool | None = _option(None, "Run the encoder in bfloat16; default: on GPUs that have it.")
+    compile: bool = _option(False, "Compile the encoder's blocks on their first call.")
+    batch_size: int = _option(32, "Clips of one forward pass.")
+    workers: int | None = _option(None, "Processes that decode and resample; default: one per core.")
+    shard_size: int = _option(512, "Files of a shard, the most that an interrupted run has to do again.")
+    strict: bool = _option(False, "Stop at the first broken file instead of listing it in errors.parquet.")
+    retry: bool = _option(False, "Do those shards again of which recordings were broken that are mended by now.")
+    engine: str = _option("local", f"{' or '.join(ENGINES)}.")
+    ray_address: str | None = _option(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
+    cpus_per_actor: int | None = _option(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")
+    gpus_per_actor: float | None = _option(None, "Ray: GPUs of an actor; default: 1 where there are any.")
+
+    def __post_init__(self):
+        for name, known in (("pool", POOLS), ("engine", ENGINES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected {', '.join(known)}.")
+        if self.whole and (self.segment is not None or self.hop is not None):
+            raise ValueError("whole makes one row per recording, so it takes no segment and no hop.")
+        for name in ("ray_address", "cpus_per_actor", "gpus_per_actor"):
+            if getattr(self, name) is not None and self.engine != "ray":
+                raise ValueError(f"{name}={getattr(self, name)!r} belongs to engine='ray'.")
+        for name in ("segment", "hop", "batch_size", "shard_size", "cpus_per_actor"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be at least 0, which decodes between the forward passes.")
+        if self.num_frames < 16 or self.num_frames % 16:
+            raise ValueError(f"num_frames={self.num_frames} must be a positive multiple of 16.")
+        _ = self.layer_numbers  # refuses what are no numbers
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        try:
+            return [] if self.layers is None else [int(number) for number in self.layers.split(",")]
+        except ValueError as error:
+            raise ValueError(f"layers={self.layers!r}: expected numbers separated by commas, such as 6,12.") from error
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Length and hop in seconds, with the defaults in their places; None for whole recordings."""
+        segment = self.segment or SEGMENT
+        return None if self.whole else (segment, self.hop or segment)
+
+    def that_decide(self) -> dict:
+        """The settings on which the rows depend."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in FREE}
+        return {**settings, **dict(zip(("segment", "hop"), self.window or (None, None), strict=True))}
