@@ -169,7 +169,8 @@ def embed(**options):
     except KeyboardInterrupt as interrupt:
         typer.echo("interrupted; the same command goes on from there", err=True)
         raise typer.Exit(130) from interrupt
-    typer.echo(json.dumps({"table": options["out"], **{name: round(value, 4) for name, value in summary.items()}}))
+    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in summary.items()}
+    typer.echo(json.dumps({"table": options["out"], **rounded}))
     if summary["failed"]:
         raise typer.Exit(1)
 

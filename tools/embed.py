@@ -99,12 +99,11 @@ class Encoder:
         columns = {f"cls_{number}": cls_tokens[number - 1].float() for number in settings.layer_numbers}
         pooled = {"cls": output.pooler_output.float()}
         if settings.frames or "mean" in settings.pool:
-            num_patches = torch.tensor([self.num_patches(clip) for clip in clips], device=self.device)
             tokens = output.patch_tokens.float().mean(dim=3).transpose(1, 2)  # (B, t, D)
-            has_sound = torch.arange(tokens.shape[1], device=self.device) < num_patches[:, None]  # (B, t)
-            pooled["mean"] = (tokens * has_sound[:, :, None]).sum(dim=1) / num_patches[:, None]
+            with_sound = [row[: self.num_patches(clip)] for row, clip in zip(tokens, clips, strict=True)]
+            pooled["mean"] = torch.stack([row.mean(dim=0) for row in with_sound])
             if settings.frames:
-                columns["tokens"] = tokens[has_sound].split(num_patches.tolist())
+                columns["tokens"] = with_sound
         columns["embedding"] = torch.cat([pooled[name] for name in settings.pool.split("+")], dim=1)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

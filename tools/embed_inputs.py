@@ -77,15 +77,20 @@ def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Datase
         ValueError: a dataset among other sources, or the split cannot be told.
         OSError: it looks like a name on the Hub, but there is no such dataset.
     """
-    is_path = [isinstance(source, str | Path) for source in sources]
-    found = [
-        s if not path else None if is_address(str(s)) or Path(s).suffix else load_named_dataset(s)
-        for s, path in zip(sources, is_path, strict=True)
-    ]
+    known = sound_suffixes() | FFMPEG_SUFFIXES | set(LIST_SUFFIXES)
+
+    def find(source):
+        if not isinstance(source, str | Path):
+            return source
+        # A sound that is not there would otherwise be looked for on the Hub.
+        is_other = is_address(str(source)) or Path(source).suffix.lower() in known
+        return None if is_other else load_named_dataset(source)
+
+    found = list(map(find, sources))
     if any(dataset is not None for dataset in found):
         if len(found) > 1:
             raise ValueError(f"Got {len(found)} inputs with a dataset among them; embed a dataset by itself.")
-        return choose_split(found[0], str(sources[0]) if is_path[0] else "the dataset", split)
+        return choose_split(found[0], "the dataset" if found[0] is sources[0] else str(sources[0]), split)
     if split is not None:
         raise ValueError(f"split={split!r} chooses from a dataset, but none is among the inputs; leave it out.")
     return None

@@ -8,11 +8,11 @@ from bat_audio.tools.recipes import _option
 POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
 SEGMENT = 10.24  # s, the encoder's input
-# What may change between a run and its continuation, because no row depends on it.
-FREE = {
-    *("inputs", "out", "checkpoint", "revision", "split", "device", "workers", "strict", "retry"),
-    *("engine", "ray_address", "cpus_per_actor", "gpus_per_actor"),
-}
+
+
+def _free(default: Any, help: str) -> Any:
+    """An option on which no row depends, so that it may change between a run and its continuation."""
+    return field(default=default, metadata={"help": help, "is_free": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,15 @@ class EmbedSettings:
 
     inputs: Any = field(
         metadata={
+            "is_free": True,
             "help": "Files, folders, globs, lists of files (.txt, or .csv or .parquet with the column path and perhaps "
-            "id, start and duration), or a dataset: saved, or of the Hub."
+            "id, start and duration), or a dataset: saved, or of the Hub.",
         }
     )
-    out: str = field(metadata={"help": "Folder to write, or its address (s3://, gs://, hf://)."})
-    checkpoint: str | None = _option(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
-    revision: str | None = _option(None, "Commit, branch or tag of the encoder on the Hub.")
-    split: str | None = _option(None, "Split of a dataset that has several.")
+    out: str = field(metadata={"is_free": True, "help": "Folder to write, or its address (s3://, gs://, hf://)."})
+    checkpoint: str | None = _free(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
+    revision: str | None = _free(None, "Commit, branch or tag of the encoder on the Hub.")
+    split: str | None = _free(None, "Split of a dataset that has several.")
 
     segment: float | None = _option(None, f"Length of the windows, in seconds; default: {SEGMENT}.")
     hop: float | None = _option(None, "From one window's start to the next one's, in seconds; default: the length.")
@@ -43,18 +44,18 @@ class EmbedSettings:
     layers: str | None = _option(None, "Also write the CLS tokens of these blocks, counted from 1, such as 6,12.")
     float16: bool = _option(False, "Store float16 instead of float32.")
 
-    device: str = _option("auto", "cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
+    device: str = _free("auto", "cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")
     bf16: bool | None = _option(None, "Run the encoder in bfloat16; default: on GPUs that have it.")
     compile: bool = _option(False, "Compile the encoder's blocks on their first call.")
     batch_size: int = _option(32, "Clips of one forward pass.")
-    workers: int | None = _option(None, "Processes that decode and resample; default: one per core.")
+    workers: int | None = _free(None, "Processes that decode and resample; default: one per core.")
     shard_size: int = _option(512, "Files of a shard, the most that an interrupted run has to do again.")
-    strict: bool = _option(False, "Stop at the first broken file instead of listing it in errors.parquet.")
-    retry: bool = _option(False, "Do those shards again of which recordings were broken that are mended by now.")
-    engine: str = _option("local", f"{' or '.join(ENGINES)}.")
-    ray_address: str | None = _option(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
-    cpus_per_actor: int | None = _option(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")
-    gpus_per_actor: float | None = _option(None, "Ray: GPUs of an actor; default: 1 where there are any.")
+    strict: bool = _free(False, "Stop at the first broken file instead of listing it in errors.parquet.")
+    retry: bool = _free(False, "Do those shards again of which recordings were broken that are mended by now.")
+    engine: str = _free("local", f"{' or '.join(ENGINES)}.")
+    ray_address: str | None = _free(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
+    cpus_per_actor: int | None = _free(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")
+    gpus_per_actor: float | None = _free(None, "Ray: GPUs of an actor; default: 1 where there are any.")
 
     def __post_init__(self):
         for name, known in (("pool", POOLS), ("engine", ENGINES)):
@@ -89,5 +90,5 @@ class EmbedSettings:
 
     def that_decide(self) -> dict:
         """The settings on which the rows depend."""
-        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in FREE}
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if "is_free" not in item.metadata}
         return {**settings, **dict(zip(("segment", "hop"), self.window or (None, None), strict=True))}
