@@ -13,7 +13,14 @@ from benchmarks import harness
 from benchmarks.harness import Case, Section, Spread, Table
 
 # Charts and tables that each section writes.
-SECTIONS = {"encoder": (1, 4), "long_audio": (1, 2), "front_end": (1, 1), "memory": (4, 4), "startup": (1, 1), "embed": (1, 3)}
+SECTIONS = {
+    "encoder": (1, 4),
+    "long_audio": (1, 2),
+    "front_end": (1, 1),
+    "memory": (4, 4),
+    "startup": (1, 1),
+    "embed": (1, 3),
+}
 MAY_BE_LEFT_OUT = ("int8 compiled", "torchaudio")  # on machines that lack instructions, or a torchaudio for this torch
 
 
