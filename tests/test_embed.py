@@ -643,13 +643,15 @@ class TestResuming:
 
     @pytest.mark.slow
     def test_after_ctrl_c(self, many, checkpoint, uninterrupted, tmp_path):
-        out = tmp_path / "out"
-        # To the whole group of processes, as a terminal sends it.
-        process = start(command(many, out, checkpoint, *SMALL), start_new_session=True)
-        wait_for_shards(out, 3, process)
-        processes = descendants(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
-        printed, errors = process.communicate()
+        for attempt in range(3):  # Python loses a Ctrl-C that comes inside a destructor, and goes on
+            out = tmp_path / f"out_{attempt}"
+            process = start(command(many, out, checkpoint, *SMALL), start_new_session=True)
+            wait_for_shards(out, 3, process)
+            processes = descendants(process.pid)
+            os.killpg(process.pid, signal.SIGINT)  # to the whole group of processes, as a terminal sends it
+            printed, errors = process.communicate()
+            if "Exception ignored" not in errors:
+                break
         assert process.returncode == 130, errors
         assert printed == ""
         assert errors.splitlines()[-1] == "interrupted; the same command goes on from there"

@@ -285,7 +285,7 @@ class Progress:
     def __init__(self, num_inputs: int, done: int):
         self.clips, self.seconds, self.failed = 0, 0.0, 0
         every = 0.5 if sys.stderr.isatty() else 30.0  # s; a log is not to be filled with bars
-        self.bar = tqdm(total=num_inputs, initial=done, unit="file", mininterval=every)
+        self.bar = tqdm(total=num_inputs, initial=done, unit="file", mininterval=every, miniters=0)
         self.began = time.perf_counter()
 
     def add(self, files: int = 0, clips: int = 0, seconds: float = 0.0, failed: int = 0):
