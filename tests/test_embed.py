@@ -626,15 +626,19 @@ class TestResuming:
         loaded = time.monotonic() - begun
         process.communicate()
         rest = time.monotonic() - begun - loaded
-        order, kills = random.Random(0), 0
-        while kills < 20:
-            process = start(command(tmp_path / "many", tmp_path / "out", checkpoint, *options))
-            # From before the folder is there to a few shards later, so that 20 kills spread over the whole run.
-            time.sleep(loaded * order.uniform(0.3, 1) + rest * order.uniform(0, 0.1))
+        order, out = random.Random(0), tmp_path / "out"
+        for _ in range(20):
+            done = len(list(out.glob("embeddings/*")))
+            process = start(command(tmp_path / "many", out, checkpoint, *options))
+            # From before the folder is there to behind the next shard, so that 20 kills spread over the 40 shards.
+            if order.random() < 0.5:
+                time.sleep(loaded * order.uniform(0.3, 1))
+            else:
+                wait_for_shards(out, done + 1, process)
+                time.sleep(rest / 40 * order.random())
             assert process.poll() is None, process.communicate()
             process.kill()
             process.communicate()
-            kills += 1
         process = start(command(tmp_path / "many", tmp_path / "out", checkpoint, *options))
         summary = json.loads(process.communicate()[0])
         assert summary["files"] == 2000

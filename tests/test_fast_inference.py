@@ -135,11 +135,13 @@ def test_unknown_quantization_is_refused(folder):
         load_pretrained_encoder(checkpoint=folder, quantization="int4")
 
 
-def test_compiling_without_a_compiler_is_an_error(folder, monkeypatch):
+def test_compiling_without_a_compiler_is_an_error(folder):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(OSError, match=r"compile=True needs a C\+\+ compiler"):
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(OSError, match=r"compile=True needs a C\+\+ compiler"),
+    ):
         load_pretrained_encoder(checkpoint=folder, compile=True)
 
 
