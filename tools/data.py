@@ -394,6 +394,13 @@ def require(library: str, extra: str = "train"):
         raise ImportError(f'This needs {library} ({error}): pip install "bat-audio[{extra}]"') from error
 
 
+def pick_device(device: str) -> str:
+    """The device itself or, for "auto", the kind of GPU that there is, and else "cpu"."""
+    if device != "auto":
+        return device
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
 def _some(items: Sequence) -> str:
     return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import require, without_decoding
+from bat_audio.tools.data import pick_device, require, without_decoding
 from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, DecodingProcesses, read_clips
 from bat_audio.tools.embed_inputs import Input, Plan, list_inputs, read_dataset, write_plan
 from bat_audio.tools.embed_settings import EmbedSettings
@@ -186,9 +186,7 @@ def pools(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Pool]:
 
 def compute_on(settings: EmbedSettings) -> tuple[str, str]:
     """The device and dtype that `auto` and a `bf16` of None mean on this machine."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = pick_device(settings.device)
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -19,7 +19,7 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import require
+from bat_audio.tools.data import pick_device, require
 
 FORMATS = (".png", ".pdf", ".svg")
 DPI = 120  # also of what PDF and SVG hold as pixels
@@ -49,13 +49,6 @@ class View:
     components: torch.Tensor
     explained: torch.Tensor
     attention: torch.Tensor
-
-
-def pick_device(device: str) -> str:
-    """The device itself or, for "auto", the kind of GPU that there is, and else "cpu"."""
-    if device != "auto":
-        return device
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 @torch.inference_mode()

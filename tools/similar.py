@@ -20,10 +20,10 @@ from torch import nn
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
-from bat_audio.tools.show import pick_device
+from bat_audio.tools.data import pick_device
+from bat_audio.tools.embed_settings import POOLS
 
 PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
-POOLS = ("cls", "mean", "cls+mean")
 BATCH_ROWS = 4096  # read and compared at once
 
 
