@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m bat_audio.tools.demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not slow"

@@ -20,7 +20,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import sha_fileobj
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._triton import has_triton
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
@@ -82,7 +82,7 @@ def load_pretrained_encoder(
     if device is not None:
         _check_device(device)
     if compile:
-        _check_compiler(device)
+        check_compiler(device)
     quantization_config = None if quantization is None else _quantization_config(quantization, device)
     dtype = torch.float32 if dtype is None else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES:
@@ -146,7 +146,7 @@ def _check_device(device: str | torch.device):
         ) from error
 
 
-def _check_compiler(device: str | torch.device | None):
+def check_compiler(device: str | torch.device | None):
     """An OSError where blocks cannot be compiled; else it would come with the first clip, and be long."""
     device_type = torch.device(device or "cpu").type
     if device_type == "cuda" and not has_triton():
@@ -201,13 +201,31 @@ def find_weights(checkpoint: str | Path | None = None, revision: str | None = No
     if path.is_file():
         if revision is not None:
             raise ValueError(f"revision={revision!r} belongs to a Hub repository, but {path} is a local file.")
+        _refuse_pretraining(path)
         return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(checkpoint)) or path.suffix == ".safetensors":
-        raise OSError(
+        raise FileNotFoundError(
             f"No weights at {path}: no such file. Expected a folder with config.json and model.safetensors, a "
             '.safetensors file, or a Hub repository "namespace/name".'
         )
     return _download(str(checkpoint), revision or "main")
+
+
+def _refuse_pretraining(path: Path):
+    """A ValueError for student and teacher in one file, whose names would fill a page as unexpected and missing."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    except SafetensorError:  # told where it is loaded
+        return
+    if any(name.startswith("student.") for name in names):
+        encoder = path.parent / "encoder"
+        is_in_place = path.name == "model.safetensors" and encoder.is_dir()
+        named = f"Name {encoder}, its encoder, or make" if is_in_place else "Make"
+        raise ValueError(
+            f"{path} is a checkpoint of a pre-training, with more than an encoder. {named} one with bat-audio convert "
+            "(--ema for the teacher's)."
+        )
 
 
 def _download(repository: str, revision: str) -> Path:
@@ -223,7 +241,7 @@ def _download(repository: str, revision: str) -> Path:
             f"{constants.ENDPOINT}/{repository} at revision {revision} ({type(error).__name__}: {reason}). Connect to "
             "the Hub once so that the weights are cached, or put model.safetensors beside load_model.py (hf download "
             f"{repository} model.safetensors --local-dir .), or name another checkpoint= (--checkpoint). For random "
-            "weights, ask with untrained=True (--untrained)."
+            "weights, to try things out, ask with untrained=True (--untrained, of the commands that have it)."
         ) from error
 
 

@@ -339,32 +339,35 @@ class BatPreTrainedModel(PreTrainedModel):
 class JoinedChunks:
     """The tokens of a long input: the patches of its chunks in a row, the CLS tokens averaged over the chunks.
 
-    Each pass is written to its place as it comes, so that the tokens of a long input are never held twice.
+    Each pass is written to its place as it comes, so that the tokens of a long input are never held twice. Nothing is
+    allocated to stay between two passes: small tensors among the freed ones would keep their memory from being reused.
     """
 
-    def __init__(self, batch: int, num_tokens: int):
-        self.batch, self.num_tokens = batch, num_tokens
-        self.stop, self.layers, self.cls_tokens = 1, [], []  # patches go in from `stop` on
+    def __init__(self, batch: int, num_tokens: int, num_chunks: int):
+        self.batch, self.num_tokens, self.num_chunks = batch, num_tokens, num_chunks
+        self.tokens_done, self.chunks_done, self.layers, self.cls_tokens = 1, 0, [], []
 
     def add(self, layers: list[torch.Tensor]):
         """The next pass, the tokens (B*C, S, D) of each layer with the chunks of each clip in a row."""
-        if layers[0].shape[:2] == (self.batch, self.num_tokens):  # the only pass, of one chunk
+        if self.num_chunks == 1:
             self.layers = layers
             return
         if not self.layers:
             self.layers = [tokens.new_empty(self.batch, self.num_tokens, tokens.shape[2]) for tokens in layers]
-        patches = [tokens[:, 1:].reshape(self.batch, -1, tokens.shape[2]) for tokens in layers]
-        start, self.stop = self.stop, self.stop + patches[0].shape[1]
-        for layer, part in zip(self.layers, patches, strict=True):
-            layer[:, start : self.stop] = part
-        # (B, C, D) of each layer; views would keep all its tokens.
-        self.cls_tokens.append([tokens[:, 0].unflatten(0, (self.batch, -1)).clone() for tokens in layers])
+            self.cls_tokens = [tokens.new_empty(self.batch, self.num_chunks, tokens.shape[2]) for tokens in layers]
+        chunks, patches = layers[0].shape[0] // self.batch, layers[0].shape[1] - 1
+        chunk_range = slice(self.chunks_done, self.chunks_done + chunks)
+        token_range = slice(self.tokens_done, self.tokens_done + chunks * patches)
+        for layer, cls_tokens, tokens in zip(self.layers, self.cls_tokens, layers, strict=True):
+            tokens = tokens.unflatten(0, (self.batch, chunks))  # (B, C, S, D)
+            layer[:, token_range].unflatten(1, (chunks, patches)).copy_(tokens[:, :, 1:])
+            cls_tokens[:, chunk_range] = tokens[:, :, 0]
+        self.chunks_done, self.tokens_done = chunk_range.stop, token_range.stop
 
     def finish(self) -> tuple[torch.Tensor, ...]:
         """The whole input's tokens (B, 1 + N, D) of each layer."""
-        if self.cls_tokens:
-            for layer, parts in zip(self.layers, zip(*self.cls_tokens, strict=True), strict=True):
-                layer[:, 0] = torch.cat(parts, dim=1).mean(dim=1)
+        for layer, cls_tokens in zip(self.layers, self.cls_tokens, strict=False):
+            layer[:, 0] = cls_tokens.mean(dim=1)
         return tuple(self.layers)
 
 
@@ -550,8 +553,9 @@ class BatModel(BatPreTrainedModel):
         is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         mixes_again = head is not None and is_checkpointed and self.is_frozen and not features.requires_grad
         mix_patches = None if head is None else head.mix_patches
-        joined_chunks, passes = JoinedChunks(batch, num_tokens), []
-        for chunks in self._split_chunks(features):
+        all_chunks, passes = self._split_chunks(features), []
+        joined_chunks = JoinedChunks(batch, num_tokens, sum(chunks.shape[0] for chunks in all_chunks) // batch)
+        for chunks in all_chunks:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
                 layers, attentions, cls_tokens, patch_mix = self._encode_in_parts(
                     chunks, output_hidden_states, output_attentions, mix_patches

@@ -28,7 +28,9 @@ N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
 MAX_AMPLITUDE = 1e15  # far above any audio; larger samples overflow the power spectrum
+UNKNOWN_FRAMES = 2**62  # from which on a length is libsndfile's stand-in for that which a streamed FLAC file lacks
 MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
+MEL_GROUPS = 4  # of bands, which are multiplied by their own filters
 POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
 NUM_FRAMES = 1024  # frames of one picture, 10.24 s
 PATCH_FRAMES = 16  # frames of one patch, 160 ms
@@ -49,7 +51,8 @@ def load_audio(
     """Read a sound file as mono float32 samples in -1..1: (samples,).
 
     Decoded by soundfile (WAV, FLAC, OGG, MP3, ...), channels averaged, resampled by soxr HQ as in BAT's training.
-    Truncated WAV and FLAC files are refused and a truncated MP3 file gives a warning; OGG tells no length.
+    Truncated WAV and FLAC files are refused, except for parts that are there, and a truncated MP3 file gives a warning;
+    OGG tells no length.
     An MP3 file of variable bit rate without a length in its header ends where libsndfile takes it to end, maybe early.
 
     Args:
@@ -75,22 +78,19 @@ def load_audio(
 
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes | bytearray) else source) as file:
-            rate = file.samplerate
-            # libsndfile shortens a truncated WAV file to what is there, and tells so in its log alone. Recorders that
-            # cannot know the length beforehand write the largest number they can; such a file is whole.
-            cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
-            if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
-                raise ValueError(f"truncated: {cut[1]} bytes of samples expected, {cut[2]} found")
+            rate, frames = file.samplerate, announced_frames(file)
             if rate < MIN_FILE_RATE:
                 raise ValueError(f"its rate of {rate} Hz is too low for sound")
             # The part is read with a margin for the resampling filter, from a sample that lies on both rates' grids,
             # so that it equals the same part of the whole file.
             grid, target_grid = rate // math.gcd(rate, sampling_rate), sampling_rate // math.gcd(rate, sampling_rate)
             first = max(0, int(start * rate - 0.1 * rate)) // grid * grid
-            stop = file.frames if duration is None else min(file.frames, math.ceil((start + duration + 0.1) * rate))
-            if start * rate >= file.frames:
-                raise ValueError(f"{file.frames} samples at {rate} Hz hold nothing from {start} s on")
-            if stop > 2**62:  # libsndfile's stand-in for the length that a streamed FLAC file lacks
+            stop = frames if duration is None else min(frames, math.ceil((start + duration + 0.1) * rate))
+            if start * rate >= frames:
+                raise ValueError(f"{frames} samples at {rate} Hz hold nothing from {start} s on")
+            if stop > file.frames:
+                raise ValueError(f"truncated: {stop} samples expected, {file.frames} found")
+            if stop > UNKNOWN_FRAMES:
                 raise ValueError("its header tells no length; read parts by start and duration, or convert it")
             file.seek(first)
             samples = file.read(stop - first, dtype="float32", always_2d=True)
@@ -112,6 +112,16 @@ def load_audio(
     if len(samples[begin:end]) == 0:
         raise ValueError(f"{name}: no samples at {sampling_rate} Hz with start={start} and duration={duration}.")
     return torch.from_numpy(samples[begin:end])
+
+
+def announced_frames(file: "soundfile.SoundFile") -> int:  # noqa: F821
+    """The length that the header tells, of which less may be there."""
+    # libsndfile shortens a truncated WAV file to what is there, and tells so in its log alone. Recorders that cannot
+    # know the length beforehand write the largest number they can; such a file is whole.
+    cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
+    if cut and 0 < int(cut[2]) < int(cut[1]) < 0x7FFFF000:
+        return math.ceil(file.frames * int(cut[1]) / int(cut[2]))
+    return file.frames
 
 
 def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
@@ -175,6 +185,16 @@ def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> 
     return torch.minimum(rising, falling).clamp_min(0).float()
 
 
+def mel_groups(filters: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Neighbouring bands of filters (bins, bands), and the few bins that they cover: a quarter of the whole product."""
+    groups = []
+    for bands in torch.arange(filters.shape[1]).chunk(MEL_GROUPS):
+        bands = slice(int(bands[0]), int(bands[-1]) + 1)
+        bins = filters[:, bands].any(dim=1).nonzero().flatten().tolist()
+        groups.append((slice(bins[0], bins[-1] + 1) if bins else slice(0), bands))
+    return groups
+
+
 class BatAudioProcessor(nn.Module):
     """Waveforms to log-mel features, in float32 and on the waveform's device; every clip is treated alone.
 
@@ -209,6 +229,7 @@ class BatAudioProcessor(nn.Module):
         self.top_db = top_db
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
+        self.mel_groups = mel_groups(self.mel_filters)
 
     def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
         """The function `load_audio`, at this processor's rate."""
@@ -252,7 +273,8 @@ class BatAudioProcessor(nn.Module):
         for block in frames.split(max(1, block_frames // len(frames)), dim=1):
             spectrum = torch.fft.rfft(block * window)  # (B, T', n_fft/2 + 1)
             power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            blocks.append(power @ mel_filters)
+            groups = [power[..., bins] @ mel_filters[bins, bands] for bins, bands in self.mel_groups]
+            blocks.append(torch.cat(groups, dim=2))
         return torch.cat(blocks, dim=1)
 
     def _check_waveform(self, waveform: torch.Tensor, places: list[int] | None) -> torch.Tensor:

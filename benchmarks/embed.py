@@ -49,7 +49,8 @@ def make_clips(folder: Path, number: int):
 
 
 def throughput(settings: Settings, section: Section):
-    clips = 12 if settings.quick else 48 if settings.device == "cpu" else 3000
+    batch_size = 2 if settings.quick else 16 if settings.device == "cpu" else 64
+    clips = batch_size * (6 if settings.quick else 3 if settings.device == "cpu" else 47)
     folder, out = settings.scratch / "clips", settings.scratch / f"table_{settings.device}"
     if not folder.exists() or len(list(folder.iterdir())) != clips:
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +60,7 @@ def throughput(settings: Settings, section: Section):
         out=str(out),
         checkpoint=str(settings.folder),
         device=settings.device,
-        batch_size=2 if settings.quick else 16 if settings.device == "cpu" else 64,
+        batch_size=batch_size,
         shard_size=clips,
     )
     begin(options, EmbeddingTable(options.out), [options.inputs], None)
@@ -67,10 +68,10 @@ def throughput(settings: Settings, section: Section):
     workers = len(os.sched_getaffinity(0))
     with DecodingProcesses(workers) as executor:
         encoder = Encoder(options)
-        features = torch.rand(options.batch_size, 1, 1024, 128, device=settings.device).to(encoder.model.dtype)
+        features = torch.rand(batch_size, 1, 1024, 128, device=settings.device).to(encoder.model.dtype)
 
         def encode(_: None):
-            for _ in range(clips // options.batch_size):
+            for _ in range(clips // batch_size):
                 encoder.model(features)
 
         def embed_all(_: None):
@@ -78,7 +79,7 @@ def throughput(settings: Settings, section: Section):
             stages.write(0, found, encoder, lambda **_: None)
 
         def case(call: Callable) -> Callable[[], Case]:
-            return lambda: Case(call, lambda: None, clips // options.batch_size * options.batch_size)
+            return lambda: Case(call, lambda: None, clips)
 
         cases = {ENCODER: case(encode), EMBED: case(embed_all)}
         rounds = min(settings.rounds, 5)
@@ -95,7 +96,8 @@ def throughput(settings: Settings, section: Section):
 def stage_cases(folder: Path, stages: Stages, encoder: Encoder) -> dict[str, Callable[[], Case]]:
     """Each stage by itself."""
     files = {suffix: str(min(folder.glob(f"*.{suffix}"))) for suffix in FORMATS}
-    clip = decode_first(stages.cut, Input("", files["wav"]), None)[0]
+    item = Input("", files["wav"])
+    clip = next(stages.cut.clips(item, decode_first(stages.cut, item, None).stretches[0]))
     batch = encoder.settings.batch_size
     features = torch.rand(batch, 1, 1024, 128, device=encoder.device).to(encoder.model.dtype)
 

@@ -344,9 +344,8 @@ def draw_bars(path: Path, table: Table):
     errors = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(medians)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    bars = axes.barh([row[first] for row in table.rows], medians, xerr=errors, color=BLUE, ecolor=GREY, capsize=3)
-    labels = [show(float(median)) for median in medians]
-    axes.bar_label(bars, labels=labels, label_type="center", color="white", fontweight="bold")
+    labels = [f"{row[first]}: {show(float(median))}" for row, median in zip(table.rows, medians, strict=True)]
+    axes.barh(labels, medians, xerr=errors, color=BLUE, ecolor=GREY, capsize=3)
     if table.line is not None:
         axes.axvline(table.line, color="black", linestyle="--", linewidth=1)
     axes.invert_yaxis()

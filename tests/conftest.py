@@ -66,6 +66,15 @@ def recipe_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]
     return weights
 
 
+def assert_same_weights(one: dict, other: dict, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance and name.endswith("attn.qkv.bias"):
+            # The keys' bias has no gradient but rounding noise, which AdamW scales up.
+            one[name].unflatten(0, (3, -1))[1] = other[name].unflatten(0, (3, -1))[1] = 0
+        torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance}, msg=name)
+
+
 def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool = True, **environment):
     """Run code in a fresh interpreter, by default offline; variables given as None are removed."""
     return run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, check=check, **environment)

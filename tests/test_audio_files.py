@@ -476,8 +476,19 @@ def test_streamed_flac_without_its_length_is_read_in_parts():
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated_wav_is_refused(share):
     content = encoded("wav", sound(64000))
-    with pytest.raises(ValueError, match=r"truncated: 128000 bytes of samples expected, \d+ found"):
+    with pytest.raises(ValueError, match=r"truncated: 640\d\d samples expected, \d+ found"):
         load_audio(content[: int(share * len(content))])
+
+
+def test_truncated_wav_gives_the_parts_that_are_there():
+    content = encoded("wav", sound(64000))
+    whole, cut = load_audio(content), content[: len(content) // 2]
+    assert torch.equal(load_audio(cut, 0.5, 1.0), whole[8000:24000])
+    for start, duration in ((1.5, 1.0), (3.0, 0.5), (0.5, None)):
+        with pytest.raises(ValueError, match=r"truncated: \d+ samples expected, 31989 found"):
+            load_audio(cut, start, duration)
+    with pytest.raises(ValueError, match=r"640\d\d samples at 16000 Hz hold nothing from 4\.5 s on"):
+        load_audio(cut, 4.5)
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF - 36])

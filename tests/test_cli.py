@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import typer.main
+from conftest import ROOT
 from typer.testing import CliRunner
 
 from bat_audio.tools.cli import app
@@ -36,3 +37,30 @@ def test_completion():
     assert complete("bat-audio", "show", "--hea") == ["--heads"]
     script = CliRunner().invoke(app, [], prog_name="bat-audio", env={"_BAT_AUDIO_COMPLETE": "source_bash"}).output
     assert "complete -o default -F" in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["similar", "a.wav", "table"], "interrupted"),
+        (
+            ["finetune", "sounds", "-o", "model"],
+            "interrupted; the same command goes on from the last checkpoint, if there is one",
+        ),
+    ],
+)
+def test_ctrl_c_is_one_line(arguments, message, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"bat_audio.tools.{arguments[0]}.{arguments[0]}", interrupt)
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.output.splitlines()) == (130, [message])
+
+
+def test_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
+    sound = str(ROOT / "examples" / "cash_register_48k.flac")
+    options = ["--checkpoint", str(tmp_path / "nowhere")]
+    result = CliRunner().invoke(app, ["show", sound, "-o", str(tmp_path / "a.png"), *options])
+    assert result.exit_code == 2
+    assert "No weights at" in result.output

@@ -417,7 +417,7 @@ def test_missing_moving_average_is_refused(tmp_path, refuses, layout):
         contents = trainer_file(contents, {})
         del contents["ema_encoder"]
     source = write(tmp_path / "a.pt", contents)
-    refuses(source, 'holds no "ema_encoder"', ema=True)
+    refuses(source, 'holds neither "ema_encoder" nor teacher', ema=True)
     convert(source, tmp_path / "out", config=tiny_config())
 
 

@@ -4,16 +4,20 @@ import csv
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +32,10 @@ from pyarrow import parquet
 from bat_audio import BatAudioProcessor, load_audio, load_pretrained_encoder
 from bat_audio.processing_bat import fit_frames
 from bat_audio.tools import embed as embed_module
-from bat_audio.tools import embed_decode
+from bat_audio.tools import embed_decode, locking
 from bat_audio.tools.embed import BrokenRecordingError, embed
-from bat_audio.tools.embed_inputs import Input
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio.tools.embed_inputs import Input, write_plan
+from bat_audio.tools.embed_settings import EmbedSettings, StartError
 
 RATE = 16000
 PROGRAM = [sys.executable, "-m", "bat_audio.tools.cli", "embed"]
@@ -235,11 +239,26 @@ class TestInputs:
 
     def test_files_globs_and_folders_count_once(self, sounds, checkpoint, tmp_path, monkeypatch):
         monkeypatch.chdir(sounds)
-        inputs = ["second_1.wav", "a/b", "second_*.wav", "./a/b/stereo.wav", "a/**/s*.wav"]
+        inputs = ["./second_1.wav", "a/b", "second_*.wav", "a/./b/.//stereo.wav", "a/**/s*.wav"]
         paths = [row[1] for row in self.listed(inputs, tmp_path / "out", checkpoint)]
-        # Paths as they were given: ./a/b/stereo.wav is another name.
-        first = ["second_1.wav", "a/b/short.wav", "a/b/stereo.wav"]
-        assert paths == [*first, *(f"second_{i}.wav" for i in (0, 2, 3, 4)), "./a/b/stereo.wav"]
+        # Paths as they were given first.
+        first = ["./second_1.wav", "a/b/short.wav", "a/b/stereo.wav"]
+        assert paths == [*first, *(f"second_{i}.wav" for i in (0, 2, 3, 4))]
+
+    def test_other_names_of_the_same_change_nothing_else(self, tmp_path):
+        """The digest of the list is that of the paths as they were given first: an unfinished table goes on by it."""
+        named, other = (Input("./a.wav", "./a.wav"), 0), (Input("a.wav", "a.wav"), 0)
+        digests = [write_plan(inputs, tmp_path / "plan.parquet", 5) for inputs in ([named], [named, other], [other])]
+        assert digests[0] == digests[1]
+        assert digests[0] != digests[2]
+
+    def test_a_file_in_the_folders_place(self, sounds, checkpoint, tmp_path, monkeypatch):
+        """It is refused before the weights are loaded or a cluster is asked."""
+        monkeypatch.setattr("bat_audio.tools.embed.engine", None)
+        (tmp_path / "out").write_text("not a table")
+        with pytest.raises(ValueError, match="out: a file; name a folder to write"):
+            run_embed([str(sounds)], tmp_path / "out", checkpoint)
+        assert (tmp_path / "out").read_text() == "not a table"
 
     def test_names_with_magic_characters(self, sounds, checkpoint, tmp_path):
         file = tmp_path / "take[1]*.wav"
@@ -326,6 +345,57 @@ class TestInputs:
         both = (vectors(read(tmp_path / name), "embedding") for name in ("out", "flac"))
         assert torch.cosine_similarity(*both).min() > 0.99
 
+    def test_globs_match_sounds_only(self, sounds, checkpoint, tmp_path, caplog):
+        for name in ("a.wav", "b.WAV"):
+            shutil.copy(sounds / "second_0.wav", tmp_path / name)
+        (tmp_path / "notes.txt").write_text("Recorded on Monday\nby the lake\n")
+        (tmp_path / "sites.csv").write_text("file,site\na.wav,lake\n")
+        listed = self.listed([str(tmp_path / "*")], tmp_path / "out", checkpoint)
+        assert [Path(row[1]).name for row in listed] == ["a.wav", "b.WAV"]
+        assert "2 files are left out that are no sounds by name" in caplog.text
+
+    def test_loops_of_links_are_left_out(self, sounds, checkpoint, tmp_path, caplog):
+        (tmp_path / "in" / "sub").mkdir(parents=True)
+        shutil.copy(sounds / "second_0.wav", tmp_path / "in" / "sub")
+        (tmp_path / "in" / "sub" / "up").symlink_to("..")
+        (tmp_path / "in" / "twin").symlink_to("sub")  # no loop
+        listed = self.listed([str(tmp_path / "in")], tmp_path / "out", checkpoint)
+        paths = [os.path.relpath(row[1], tmp_path / "in") for row in listed]
+        assert paths == ["sub/second_0.wav", "twin/second_0.wav"]
+        assert f"{tmp_path}/in/sub/up: left out, a link to a folder around it" in caplog.text
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are in Unicode")
+    def test_names_that_are_not_utf8_are_listed(self, sounds, checkpoint, tmp_path):
+        shutil.copy(sounds / "second_0.wav", tmp_path / "good.wav")
+        shutil.copy(sounds / "second_0.wav", os.fsencode(tmp_path) + b"/caf\xe9.wav")
+        assert len(self.listed([str(tmp_path)], tmp_path / "out", checkpoint)) == 1
+        (error,) = read_errors(tmp_path / "out")
+        assert error["path"] == f"{tmp_path}/caf\\xe9.wav"
+        assert error["error"].startswith("Its name is not in UTF-8")
+
+    def test_names_that_look_like_addresses(self, sounds, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("take 12::30.wav", "memory:/x.wav"):
+            Path(name).parent.mkdir(exist_ok=True)
+            shutil.copy(sounds / "second_0.wav", name)
+        inputs = [str(tmp_path / "take 12::30.wav"), "memory://x.wav", str(tmp_path)]
+        listed = self.listed(inputs, tmp_path / "out", checkpoint)
+        assert [row[1] for row in listed] == [*inputs[:2], str(tmp_path / "memory:/x.wav")]
+
+    def test_rows_of_one_long_recording_share_shards(self, sounds, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr("bat_audio.tools.embed_inputs.UNIT_BYTES", 50_000)  # the file has 650 kB
+        shutil.copy(sounds / "two.wav", tmp_path)
+        rows = "".join(f"two.wav,{second},0.2\n" for second in range(8))
+        rest = "".join(f"two.wav,{second},\n" for second in (18, 19, 20))
+        for name, content in (("parts", rows), ("rests", rest)):
+            (tmp_path / f"{name}.csv").write_text(f"path,start,duration\n{content}")
+            run_embed([str(tmp_path / f"{name}.csv")], tmp_path / name, checkpoint, shard_size=4, num_frames=16)
+        sizes = {
+            name: [len(parquet.read_table(file)) for file in sorted((tmp_path / name / "embeddings").iterdir())]
+            for name in ("parts", "rests")
+        }
+        assert sizes == {"parts": [4, 4], "rests": [1, 2]}
+
     @pytest.mark.parametrize(
         ("inputs", "error", "message"),
         [
@@ -335,12 +405,14 @@ class TestInputs:
             ("bad.csv", ValueError, "no column 'path' among 'file'"),
             ("zero.csv", ValueError, "line 2: duration=0"),
             ("time.csv", ValueError, "line 2: start='soon' is no time"),
+            ("list.tsv", ValueError, "list.tsv: lists are .txt"),
         ],
     )
     def test_wrong_inputs(self, inputs, error, message, checkpoint, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()
         (tmp_path / "bad.csv").write_text("file\nx.wav\n")
+        (tmp_path / "list.tsv").write_text("path\tid\nx.wav\t1\n")
         (tmp_path / "zero.csv").write_text("path,duration\nx.wav,0\n")
         (tmp_path / "time.csv").write_text("path,start\nx.wav,soon\n")
         with pytest.raises(error, match=message.replace("*", r"\*")):
@@ -461,7 +533,7 @@ class TestBrokenFiles:
                 try:
                     os.setuid(65534)
                     found = [
-                        embed_decode.decode_first(cut, Input(name, f"{folder}/{name}"), None)[0].error
+                        embed_decode.decode_first(cut, Input(name, f"{folder}/{name}"), None).stretches[0].error
                         for name in ("open.wav", "closed.wav")
                     ]
                     os.write(writing, json.dumps(found).encode())
@@ -471,6 +543,206 @@ class TestBrokenFiles:
             os.close(writing)
             with os.fdopen(reading) as answer:
                 assert json.load(answer) == [None, f"[Errno 13] Permission denied: '{folder}/closed.wav'"]
+
+
+class TestLengthsThatHeadersDoNotTell:
+    """Windows up to where the sound ends, whatever the header says, and none behind it."""
+
+    @staticmethod
+    def noise(seconds: float, rate: int = RATE) -> np.ndarray:
+        return 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate)).clip(-5, 5)
+
+    @staticmethod
+    def places(out) -> list[tuple[float, float]]:
+        return [(row["start_s"], row["end_s"]) for row in read(out).select(["start_s", "end_s"]).to_pylist()]
+
+    @staticmethod
+    def convert(source, target, *options):
+        subprocess.run(["ffmpeg", "-v", "error", "-i", source, *options, target], check=True)
+
+    @staticmethod
+    def with_flac_length(content: bytes, length: int) -> bytes:
+        content = bytearray(content)
+        struct.pack_into(">I", content, 22, length & 0xFFFFFFFF)
+        content[21] = content[21] & 0xF0 | length >> 32
+        return bytes(content)
+
+    @pytest.mark.parametrize(("seconds", "workers"), [(5.0, 0), (25.0, 2), (130.3, 0), (130.3, 2)])
+    def test_streamed_flac(self, seconds, workers, checkpoint, tmp_path):
+        soundfile.write(tmp_path / "whole.flac", self.noise(seconds), RATE)
+        content = (tmp_path / "whole.flac").read_bytes()
+        (tmp_path / "streamed.flac").write_bytes(self.with_flac_length(content, 0))
+        for name in ("whole", "streamed"):
+            options = {"num_frames": 16, "workers": workers}
+            run_embed([str(tmp_path / f"{name}.flac")], tmp_path / name, checkpoint, **options)
+            run_embed([str(tmp_path / f"{name}.flac")], tmp_path / f"{name}-1", checkpoint, whole=True, **options)
+        for suffix in ("", "-1"):
+            both = [tmp_path / f"{name}{suffix}" for name in ("whole", "streamed")]
+            assert self.places(both[0]) == self.places(both[1])
+            assert read_errors(both[1]) == []
+            torch.testing.assert_close(*(vectors(read(out), "embedding") for out in both), rtol=0, atol=1e-5)
+
+    @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="other processes load what is patched")
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_length_that_is_far_too_large_is_soon_given_up(self, workers, checkpoint, tmp_path, monkeypatch):
+        soundfile.write(tmp_path / "damaged.flac", self.noise(30), RATE)
+        content = (tmp_path / "damaged.flac").read_bytes()
+        (tmp_path / "damaged.flac").write_bytes(self.with_flac_length(content, (1 << 36) - 1))
+        reads = multiprocessing.Value("i", 0)
+
+        def load(*arguments):
+            with reads.get_lock():
+                reads.value += 1
+            return load_audio(*arguments)
+
+        monkeypatch.setattr(embed_decode, "load_audio", load)
+        run_embed([str(tmp_path)], tmp_path / "out", checkpoint, num_frames=16, workers=workers)
+        assert self.places(tmp_path / "out") == [(0, 10.24), (10.24, 20.48)]
+        last = read_errors(tmp_path / "out")[-1]
+        assert last["error"] == "Not read any further, after 360 s that cannot be read."
+        assert last["end_s"] == pytest.approx((1 << 36) / RATE, abs=11)
+        assert reads.value < 150
+
+    def test_a_broken_window_of_a_streamed_recording_is_left_out(self, checkpoint, tmp_path):
+        samples = self.noise(130.3)
+        samples[[5 * RATE, 121 * RATE]] = np.nan
+        soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embed_decode, "known_seconds", lambda source: None)
+            run_embed([str(tmp_path / "x.wav")], tmp_path / "out", checkpoint, segment=10.0, num_frames=16)
+        assert [start for start, _ in self.places(tmp_path / "out")] == [*range(10, 120, 10), 130]
+        assert [row["start_s"] for row in read_errors(tmp_path / "out")] == [0, 120]
+
+    @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize(
+        ("form", "options"),
+        [("webm", ["-c:a", "libopus"]), ("matroska", ["-c:a", "aac"]), ("adts", ["-c:a", "aac"])],
+    )
+    def test_what_only_ffmpeg_reads(self, form, options, workers, checkpoint, tmp_path, monkeypatch):
+        soundfile.write(tmp_path / "x.wav", self.noise(133), RATE)
+        command = ["ffmpeg", "-v", "error", "-i", tmp_path / "x.wav", *options, "-f", form, "-"]
+        content = subprocess.run(command, check=True, capture_output=True).stdout  # a pipe: no length in the header
+        suffix = {"webm": "webm", "matroska": "mka", "adts": "aac"}[form]
+        (tmp_path / f"x.{suffix}").write_bytes(content)
+        find = shutil.which("ffmpeg")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "ffmpeg").symlink_to(find)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # ffprobe is not needed
+        summary = run_embed(
+            [str(tmp_path / f"x.{suffix}")], tmp_path / "out", checkpoint, num_frames=16, workers=workers
+        )
+        assert (summary["rows"], summary["failed"]) == (13, 0)
+        places = self.places(tmp_path / "out")
+        assert places[:-1] == [(pytest.approx(10.24 * i), pytest.approx(10.24 * (i + 1))) for i in range(12)]
+        assert places[-1] == (pytest.approx(122.88), pytest.approx(133, abs=0.15))
+
+    @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+    def test_a_picture_that_is_longer_than_the_sound(self, checkpoint, tmp_path):
+        soundfile.write(tmp_path / "x.wav", self.noise(25), RATE)
+        picture = ["-f", "lavfi", "-i", "color=c=black:s=64x64:r=5:d=60", "-c:v", "mpeg4", "-c:a", "aac"]
+        self.convert(tmp_path / "x.wav", tmp_path / "x.mp4", *picture)
+        summary = run_embed([str(tmp_path / "x.mp4")], tmp_path / "out", checkpoint, num_frames=16)
+        assert (summary["rows"], summary["failed"]) == (3, 0)
+
+    @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+    def test_damage_in_what_only_ffmpeg_reads_is_listed(self, checkpoint, tmp_path):
+        soundfile.write(tmp_path / "x.wav", self.noise(60), RATE)
+        self.convert(tmp_path / "x.wav", tmp_path / "x.mka", "-c:a", "aac")
+        content = bytearray((tmp_path / "x.mka").read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
+        (tmp_path / "x.mka").write_bytes(content)
+        summary = run_embed([str(tmp_path / "x.mka")], tmp_path / "out", checkpoint, num_frames=16)
+        assert summary["failed"] == 1
+        assert 1 <= summary["rows"] <= 4
+        (error,) = read_errors(tmp_path / "out")
+        assert error["error"].endswith("Nothing behind it was read.")
+        assert error["start_s"] == self.places(tmp_path / "out")[-1][1]
+
+    @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("case", ["too short", "too long", "right"])
+    def test_mp3(self, case, workers, checkpoint, tmp_path):
+        quiet, loud = np.zeros(RATE * 90), self.noise(40)
+        order = {"too short": (loud, quiet), "too long": (quiet, loud), "right": (loud, quiet)}[case]
+        soundfile.write(tmp_path / "x.wav", np.concatenate(order), RATE)
+        header = [] if case == "right" else ["-write_xing", "0"]
+        self.convert(tmp_path / "x.wav", tmp_path / "x.mp3", "-q:a", "2", *header)
+        estimate = soundfile.info(tmp_path / "x.mp3").duration
+        assert {"too short": estimate < 90, "too long": estimate > 180, "right": estimate == 130}[case]
+        for whole in (False, True):
+            out = tmp_path / str(whole)
+            options = {"num_frames": 16, "workers": workers, "whole": whole}
+            summary = run_embed([str(tmp_path / "x.mp3")], out, checkpoint, **options)
+            assert (summary["rows"], summary["failed"]) == (1 if whole else 13, 0)
+            assert self.places(out)[-1][1] == pytest.approx(130, abs=0.2)
+
+    @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+    def test_truncated_mp3(self, checkpoint, tmp_path):
+        soundfile.write(tmp_path / "x.wav", self.noise(60), RATE)
+        self.convert(tmp_path / "x.wav", tmp_path / "told.mp3", "-q:a", "4")
+        self.convert(tmp_path / "x.wav", tmp_path / "untold.mp3", "-b:a", "64k", "-write_xing", "0")
+        for name in ("told", "untold"):
+            content = (tmp_path / f"{name}.mp3").read_bytes()
+            (tmp_path / f"{name}.mp3").write_bytes(content[: len(content) * 3 // 4])
+            run_embed([str(tmp_path / f"{name}.mp3")], tmp_path / name, checkpoint, num_frames=16)
+            run_embed([str(tmp_path / f"{name}.mp3")], tmp_path / f"{name}-1", checkpoint, whole=True, num_frames=16)
+        for name in ("told", "untold"):
+            assert self.places(tmp_path / name)[-1][1] == pytest.approx(45, abs=2)
+        assert read_errors(tmp_path / "told")[-1]["end_s"] == pytest.approx(61.44)  # to the end of the last window
+        assert read_errors(tmp_path / "told-1")[0]["error"].startswith("truncated: it holds 4")
+        assert read_errors(tmp_path / "untold") == read_errors(tmp_path / "untold-1") == []
+
+    def test_truncated_wav_keeps_what_is_there(self, checkpoint, tmp_path):
+        soundfile.write(tmp_path / "x.wav", self.noise(60), RATE)
+        content = (tmp_path / "x.wav").read_bytes()
+        (tmp_path / "x.wav").write_bytes(content[: len(content) * 3 // 4])
+        summary = run_embed([str(tmp_path / "x.wav")], tmp_path / "out", checkpoint, num_frames=16)
+        assert (summary["rows"], summary["failed"]) == (4, 1)
+        errors = read_errors(tmp_path / "out")
+        assert errors[0]["start_s"] == 40.96
+        assert errors[-1]["end_s"] == pytest.approx(61.44)
+        assert all("truncated" in row["error"] for row in errors)
+
+    def test_overlapping_windows_are_sent_once(self, tmp_path):
+        soundfile.write(tmp_path / "x.wav", self.noise(150), RATE)
+        cut = embed_decode.Cut(rate=RATE, shortest=513, segment=163840, hop=2560)
+        item = Input("x", str(tmp_path / "x.wav"))
+        part = next(cut.parts(embed_decode.decode_first(cut, item, None).rest))
+        found = embed_decode.decode_part(cut, item, None, part)
+        assert len(part) == 750
+        assert len(pickle.dumps(found)) < 1.2 * 4 * (120 + 10.24) * RATE
+        clips = [clip for stretch in found.stretches for clip in cut.clips(item, stretch)]
+        assert len(clips) == 750
+        whole = load_audio(tmp_path / "x.wav").numpy()
+        for number in (1, 400, 750):
+            expected = whole[2560 * number :][:163840]
+            np.testing.assert_allclose(clips[number - 1].samples, expected, atol=1e-5)
+
+    def test_samples_that_wait_are_bounded(self, tmp_path, monkeypatch):
+        """Not the number of recordings."""
+        monkeypatch.setattr(embed_decode, "READ_AHEAD_BYTES", 4000)
+        begun, calls = [], 0
+
+        class Counting(ThreadPoolExecutor):
+            def submit(self, *arguments):
+                begun.append(arguments)
+                return super().submit(*arguments)
+
+        def decode(size: int) -> embed_decode.Found:
+            return embed_decode.Found([embed_decode.Stretch(range(1), np.zeros(size, np.float32))])
+
+        most = {100: 8, 500: 2, 5000: 1}  # samples: how many are under way then
+        for size, expected in most.items():
+            begun.clear()
+            with Counting(2) as executor:
+                tasks = ((0, (size,)) for _ in range(40))
+                waiting = []
+                for calls, _ in enumerate(embed_decode.read_ahead(executor, decode, tasks, 8), start=1):
+                    waiting.append(len(begun) - calls)
+            assert calls == 40
+            assert max(waiting) <= expected
+            assert max(waiting[10:-10]) == expected - 1
 
 
 class TestReadingBack:
@@ -557,8 +829,9 @@ def start(command: list[str], **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
-def wait_for_shards(out: Path, number: int, process: subprocess.Popen):
-    while len(list(out.glob("embeddings/*"))) < number and process.poll() is None:
+def wait_for_shards(out: Path, number: int, process: subprocess.Popen, seconds: float = math.inf):
+    deadline = time.monotonic() + seconds
+    while len(list(out.glob("embeddings/*"))) < number and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
@@ -619,7 +892,9 @@ class TestResuming:
     def test_after_20_kills_over_2000_files(self, checkpoint, tmp_path):
         (tmp_path / "many").mkdir()
         make_many(tmp_path / "many", 2000, broken_every=100)
-        options = ("--shard-size", 50, "--num-frames", 16, "--segment", 1)
+        if os.getuid():  # root may read everything
+            (tmp_path / "many" / "000" / "00001.wav").chmod(0)
+        options = ("--shard-size", 25, "--num-frames", 16, "--segment", 1)
         begun = time.monotonic()
         process = start(command(tmp_path / "many", tmp_path / "whole", checkpoint, *options))
         wait_for_shards(tmp_path / "whole", 1, process)
@@ -630,18 +905,21 @@ class TestResuming:
         for _ in range(20):
             done = len(list(out.glob("embeddings/*")))
             process = start(command(tmp_path / "many", out, checkpoint, *options))
-            # From before the folder is there to behind the next shard, so that 20 kills spread over the 40 shards.
+            # From before the folder is there to behind the next shard. None lasts longer than two shards take, however
+            # fast the machine has become since it was timed, so that the 80 shards suffice for 20 kills.
             if order.random() < 0.5:
-                time.sleep(loaded * order.uniform(0.3, 1))
+                wait_for_shards(out, done + 1, process, loaded * order.uniform(0.3, 1))
             else:
                 wait_for_shards(out, done + 1, process)
-                time.sleep(rest / 40 * order.random())
+                wait_for_shards(out, done + 2, process, rest / 80 * order.random())
             assert process.poll() is None, process.communicate()
             process.kill()
             process.communicate()
         process = start(command(tmp_path / "many", tmp_path / "out", checkpoint, *options))
         summary = json.loads(process.communicate()[0])
         assert summary["files"] == 2000
+        reasons = [row["error"] for row in read_errors(tmp_path / "out")]
+        assert any("Permission denied" in reason for reason in reasons) == bool(os.getuid())
         assert_same_table(tmp_path / "out", tmp_path / "whole")
         assert unfinished(tmp_path / "out") == []
 
@@ -750,10 +1028,127 @@ class TestResuming:
         with pytest.raises(ValueError, match=r"inputs\.files was 4 and is 5"):
             run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint)
 
+    def test_with_the_stored_inputs(self, sounds, checkpoint, tmp_path):
+        shutil.copytree(sounds / "a", tmp_path / "a")
+        with pytest.raises(ValueError, match=r"holds no shards .* leave out stored_inputs"):
+            run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
+        run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)
+        run_embed([str(tmp_path / "a")], tmp_path / "whole", checkpoint, shard_size=1)
+        (tmp_path / "out" / "embeddings" / "part-00001.parquet").unlink()
+        shutil.copy(sounds / "two.wav", tmp_path / "a")
+        with pytest.raises(ValueError, match=r"inputs\.files was 4 and is 5, .* \(--stored-inputs\) it goes on"):
+            run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)
+        run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
+        assert_same_table(tmp_path / "out", tmp_path / "whole")
+
+    def test_from_another_folder_is_refused(self, sounds, checkpoint, tmp_path, monkeypatch):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+            shutil.copy(sounds / "second_0.wav", tmp_path / name)
+        monkeypatch.chdir(tmp_path / "here")
+        run_embed(["second_0.wav"], tmp_path / "out", checkpoint)
+        monkeypatch.chdir(tmp_path / "there")
+        with pytest.raises(ValueError, match=r"inputs\.folder was '.*here' and is '.*there'\. .*--stored-inputs"):
+            run_embed(["second_0.wav"], tmp_path / "out", checkpoint)
+
+    def test_with_another_config_is_refused(self, sounds, checkpoint, tmp_path):
+        shutil.copytree(checkpoint, tmp_path / "model")
+        run_embed([str(sounds / "second_0.wav")], tmp_path / "out", str(tmp_path / "model"))
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "top_db": 40.0}))
+        with pytest.raises(ValueError, match=r"config\.top_db was 80(\.0)? and is 40\.0\. Repeat"):
+            run_embed([str(sounds / "second_0.wav")], tmp_path / "out", str(tmp_path / "model"))
+
+    def test_with_another_dataset_is_refused(self, sounds, checkpoint, tmp_path):
+        datasets = pytest.importorskip("datasets")
+
+        def dataset(*files):
+            audio = [{"path": None, "bytes": (sounds / file).read_bytes()} for file in files]
+            return datasets.Dataset.from_dict({"audio": audio}).cast_column("audio", datasets.Audio())
+
+        run_embed(dataset("second_0.wav", "second_1.wav"), tmp_path / "out", checkpoint)
+        run_embed(dataset("second_0.wav", "second_1.wav"), tmp_path / "out", checkpoint)
+        with pytest.raises(ValueError, match=r"inputs\.fingerprint was '\w+' and is"):
+            run_embed(dataset("second_2.wav", "second_3.wav"), tmp_path / "out", checkpoint)
+
+    def test_of_a_table_without_shards_begins_anew(self, sounds, checkpoint, tmp_path, monkeypatch):
+        def fail(*arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(embed_module.Encoder, "__call__", fail)
+            with pytest.raises(
+                OSError, match=r"OutOfMemoryError: CUDA out of memory\. .*GiB\. A smaller .*--batch-size"
+            ):
+                run_embed([str(sounds)], tmp_path / "out", checkpoint)
+        run_embed([str(sounds)], tmp_path / "out", checkpoint, batch_size=4, shard_size=5)
+        run_embed([str(sounds)], tmp_path / "whole", checkpoint, batch_size=4, shard_size=5)
+        assert_same_table(tmp_path / "out", tmp_path / "whole")
+
+    def test_beside_another_run_is_refused(self, sounds, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr(locking, "LOCK_WAIT", 0.2)
+        with locking.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
+            run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
+        run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
+
+    def test_of_shards_without_metadata_is_refused(self, sounds, checkpoint, tmp_path):
+        run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
+        for name in ("metadata.json", "errors.parquet"):
+            (tmp_path / "out" / name).unlink()
+        with pytest.raises(ValueError, match=r"such as embeddings/part-00000\.parquet, but no table"):
+            run_embed([str(sounds / "a")], tmp_path / "out", checkpoint, pool="mean")
+
+    @pytest.mark.parametrize("name", ["write_json", "finish"])
+    def test_after_a_disk_was_full_before_or_behind_the_shards(self, name, sounds, checkpoint, tmp_path, monkeypatch):
+        def fail(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bat_audio.tools.embed_table.Table.{name}", fail)
+            with pytest.raises(OSError, match=r"No space left on device \(.*the same command goes on") as failure:
+                run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
+        assert not isinstance(failure.value, StartError)  # whose exit status would be 2
+        assert run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)["rows"] == 8
+
     def test_into_a_folder_with_other_files_is_refused(self, sounds, checkpoint, tmp_path):
         (tmp_path / "letter.txt").write_text("no table")
         with pytest.raises(ValueError, match=r"holds other files, such as letter\.txt, but no table"):
             run_embed([str(sounds)], tmp_path, checkpoint)
+
+
+class TestNotFinite:
+    def test_too_large_for_float16(self, sounds, checkpoint, tmp_path, monkeypatch):
+        call = embed_module.Encoder.__call__
+
+        def scale(*arguments):
+            rows = call(*arguments)
+            rows[0]["tokens"] = rows[0]["tokens"] * 1e6
+            return rows
+
+        monkeypatch.setattr(embed_module.Encoder, "__call__", scale)
+        inputs = [str(sounds / f"second_{number}.wav") for number in range(3)]
+        with pytest.raises(BrokenRecordingError, match=r"column tokens of .*second_0\.wav at 0\.00 s\. .*--float16"):
+            run_embed(inputs, tmp_path / "16", checkpoint, frames=True, float16=True)
+        run_embed(inputs, tmp_path / "32", checkpoint, frames=True)
+
+    def test_nan_of_the_model(self, sounds, checkpoint, tmp_path):
+        model = load_pretrained_encoder(checkpoint=checkpoint)
+        with torch.no_grad():
+            model.cls_token.fill_(torch.nan)
+        model.save_pretrained(tmp_path / "nan")
+        with pytest.raises(BrokenRecordingError, match=r"column embedding of .* and 2 more\. .*another checkpoint"):
+            run_embed([str(sounds / "second_*.wav")], tmp_path / "out", str(tmp_path / "nan"))
+        assert list((tmp_path / "out" / "embeddings").iterdir()) == []
+
+
+class TestSettings:
+    def test_paths_and_lists(self, sounds, checkpoint, tmp_path):
+        settings = {"checkpoint": checkpoint, "workers": 0, "device": "cpu"}
+        embed(EmbedSettings(inputs=sounds / "second_0.wav", out=tmp_path / "out", layers=[1, 2], **settings))
+        assert read(tmp_path / "out").column_names[-2:] == ["cls_1", "cls_2"]
+        embed(EmbedSettings(inputs=sounds / "second_0.wav", out=str(tmp_path / "out"), layers="1,2", **settings))
+        with pytest.raises(ValueError, match="layers='1,x': expected numbers"):
+            EmbedSettings(inputs="x", out="out", layers=[1, "x"])
 
 
 class TestCommandLine:
@@ -778,6 +1173,11 @@ class TestCommandLine:
         assert (status, printed) == (2, "")
         assert errors.splitlines()[-1].startswith(f"error: {tmp_path}/out: the table in it was begun in another way: ")
         assert self.run(tmp_path / "none.wav", *common)[0] == 2
+        status, _, errors = self.run("sounds/missing", *common)
+        assert status == 2
+        assert "no such file or folder here, and no dataset of that name could be had from the Hub" in errors
+        assert self.run(sounds / "a", "-o", tmp_path / "out2", "--checkpoint", "nowhere")[0] == 2
+        assert self.run(sounds / "a", "-o", "/dev/null/out", "--checkpoint", checkpoint)[0] == 2
         assert self.run(sounds, *common, "--pool", "max")[0] == 2
         assert self.run(sounds, *common, "--no-such-option")[0] == 2
         assert self.run()[0] == 2

@@ -1,16 +1,22 @@
 """The Ray engine writes the table of the single machine, on one node, on two, and when one of two is killed."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_embed import assert_same_table, descendants, make_many, read_errors, run_embed, unfinished
+from test_embed import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
 
+from bat_audio.tools import embed as embed_module
+from bat_audio.tools import embed_decode
 from bat_audio.tools.embed import BrokenRecordingError
+from bat_audio.tools.embed_settings import EmbedSettings
 
 ray = pytest.importorskip("ray")
+embed_ray = pytest.importorskip("bat_audio.tools.embed_ray")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "frames": True}
@@ -84,6 +90,49 @@ def test_same_table_when_a_node_is_killed(many, local, checkpoint, tmp_path, two
     assert 2 <= done < 15
     assert_same_table(out, local)
     assert len(unfinished(out)) <= 1  # of the node that was killed
+
+
+def test_a_recording_that_kills_its_process_is_listed(many, local, checkpoint, tmp_path, monkeypatch):
+    """As on the single machine; it is not tried for ever."""
+    victim = next(row["path"] for row in read(local).select(["path"]).to_pylist())
+
+    class Killing(embed_ray.UnitEmbedder):
+        def __init__(self, *arguments):
+            def load(source, *arguments):
+                if source == victim:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return load_audio(source, *arguments)
+
+            load_audio, embed_decode.load_audio = embed_decode.load_audio, load
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(embed_ray, "UnitEmbedder", Killing)
+    options = {"engine": "ray", "cpus_per_actor": torch.get_num_threads(), **OPTIONS}
+    run_embed([str(Path(victim).parent)], tmp_path / "out", checkpoint, **options)
+    assert embed_decode.KILLS in [row["error"] for row in read_errors(tmp_path / "out") if row["path"] == victim]
+
+
+def test_other_weights_on_a_node_are_refused(many, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_module, "file_digest", lambda file: "0" * 64)  # in the driver, not in the actors
+    with pytest.raises(OSError, match=r"On the node .* holds other weights than the table was begun with"):
+        run_embed([str(many)], tmp_path / "out", checkpoint, engine="ray", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([{"CPU": 0}, {"CPU": 8}, {"CPU": 2}], {}, (2, 0.0, 5)),
+        ([{"CPU": 0, "GPU": 1}, {"CPU": 8}], {}, (4, 0.0, 2)),  # the GPU's node takes no actor
+        ([{"CPU": 1}, {"CPU": 8, "GPU": 4}], {}, (4, 1.0, 2)),
+        ([{"CPU": 1}, {"CPU": 8, "GPU": 4}], {"device": "cpu"}, (1, 0.0, 9)),
+        ([{"CPU": 8, "GPU": 1}], {"gpus_per_actor": 0.25, "cpus_per_actor": 1}, (1, 0.25, 4)),
+    ],
+)
+def test_room_for_actors(nodes, options, expected):
+    settings = EmbedSettings(inputs="x", out="out", engine="ray", **options)
+    assert embed_ray.room_for_actors(nodes, settings) == expected
+    with pytest.raises(ValueError, match="No node of the Ray cluster has"):
+        embed_ray.room_for_actors([{"CPU": 0}], settings)
 
 
 def test_a_broken_recording_stops_a_strict_run(many, checkpoint, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import THREADS, run, run_python, tiny_config
+from conftest import THREADS, assert_same_weights, run, run_python, tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
@@ -32,9 +32,11 @@ from transformers.trainer_utils import EvalPrediction
 from bat_audio import BatConfig, BatForAudioClassification
 from bat_audio.load_model import HERE, HUB_REPOSITORY
 from bat_audio.tools import finetune as finetune_module
+from bat_audio.tools import training as training_module
 from bat_audio.tools.data import Augmentation
-from bat_audio.tools.finetune import BatTrainer, build_model, classification_metrics, finetune, parameter_groups
+from bat_audio.tools.finetune import FinetuneTrainer, build_model, classification_metrics, finetune
 from bat_audio.tools.recipes import PRESETS, FinetuneSettings
+from bat_audio.tools.training import parameter_groups
 
 PLAIN = {"mixup": 0.0, "freq_masks": 0, "time_masks": 0, "roll": False}  # no augmentation
 SOUNDS = ("clicks", "hiss", "hum")
@@ -118,11 +120,11 @@ def trained(options: dict, **changes) -> tuple[dict[str, float], dict[str, torch
 
 
 @pytest.fixture
-def trainers(monkeypatch) -> list[BatTrainer]:
+def trainers(monkeypatch) -> list[FinetuneTrainer]:
     """The trainers of all runs in this process; each has its number of training steps as `steps_made`."""
     made = []
 
-    class Watched(BatTrainer):
+    class Watched(FinetuneTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.steps_made = 0
@@ -132,7 +134,7 @@ def trainers(monkeypatch) -> list[BatTrainer]:
             self.steps_made += 1
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(finetune_module, "BatTrainer", Watched)
+    monkeypatch.setattr(finetune_module, "FinetuneTrainer", Watched)
     return made
 
 
@@ -172,15 +174,6 @@ def command_line(options: dict) -> list[str]:
                 [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
             )
     return words
-
-
-def assert_same_weights(one: dict, other: dict, **tolerance):
-    assert one.keys() == other.keys()
-    for name in one:
-        if tolerance and name.endswith("attn.qkv.bias"):
-            # The keys' bias has no gradient but rounding noise, which AdamW scales up.
-            one[name].unflatten(0, (3, -1))[1] = other[name].unflatten(0, (3, -1))[1] = 0
-        torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance}, msg=name)
 
 
 # Parts
@@ -334,9 +327,9 @@ def test_settings_reach_optimizer_schedule_and_training_data(options, trainers):
     assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), torch.optim.AdamW)
     row = trainer.train_dataset.dataset
     assert row.augmentation == Augmentation(mixup=0.3, freq_masks=1, time_masks=3, roll=True, gain_db=4.0)
-    assert (row.shuffle, row.seed) == (True, 5)
+    assert (row.order.shuffle, row.seed) == (True, 5)
     assert trainer.eval_dataset.augmentation == Augmentation()
-    assert not trainer.eval_dataset.shuffle
+    assert not trainer.eval_dataset.order.shuffle
 
 
 def test_probe_leaves_the_encoder_as_it_was(options, tmp_path):
@@ -625,7 +618,7 @@ def test_several_loggers(options, monkeypatch):
             logged.append(logs)
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "paper", Paper)
-    monkeypatch.setattr(finetune_module, "get_available_reporting_integrations", lambda: ["tensorboard", "paper"])
+    monkeypatch.setattr(training_module, "get_available_reporting_integrations", lambda: ["tensorboard", "paper"])
     for wrong in ("tensorboard,pencil", "tensorboard,none", ""):
         with pytest.raises(ValueError, match="is not installed; there are tensorboard, paper, several of them with"):
             trained(options, report_to=wrong)
@@ -686,7 +679,7 @@ def test_accelerate_launch_with_two_processes(options, tmp_path):
 
 def test_errors_are_one_line(options, tmp_path):
     result = run(cli({**options, "train": str(tmp_path / "nothing")}), check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()[
         -1:
     ]
@@ -701,7 +694,7 @@ def test_spoilt_clip_is_one_line(options, sounds, tmp_path):
     for workers in (0, 1):
         result = run(cli({**options, "num_workers": workers}), check=False)
         errors = [line for line in result.stderr.splitlines() if "error: " in line]
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert len(errors) == 1
         assert str(Path("hum") / "1.wav") in errors[0]
         assert "Traceback" not in result.stderr

@@ -352,9 +352,21 @@ def test_command_line_untrained_says_so_before_and_after(capsys):
 def test_demo_without_weights_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert demo() == 0
+    demo()
     printed = capsys.readouterr().out
     assert "NO PRETRAINED WEIGHTS" in printed
-    assert printed.count("UNTRAINED") == 2
-    sounds = [file.name for file in (ROOT / "examples").iterdir() if file.suffix not in (".md", ".png")]
-    assert all(f"{name}: " in printed for name in sounds)
+    assert "small demonstration model" in printed
+    sounds = [file.name for file in (ROOT / "examples").iterdir() if file.suffix in (".flac", ".mp3", ".ogg", ".wav")]
+    rows = [line.split() for line in printed.splitlines()[-len(sounds) :]]
+    assert [row[1] for row in rows] == sorted(sounds)
+    assert all(row[-1] in sounds and row[-1] != row[1] for row in rows)
+
+
+def test_demo_with_weights_takes_them(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "published"
+    tiny_model().save_pretrained(folder)
+    monkeypatch.setattr("bat_audio.tools.demo.find_weights", lambda: folder / "model.safetensors")
+    demo()
+    printed = capsys.readouterr().out
+    assert "demonstration model" not in printed
+    assert "1.00" in printed

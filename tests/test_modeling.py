@@ -3,10 +3,11 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import run_python, tiny_config, tiny_model
 
 from bat_audio import BatModel
 from bat_audio.modeling_bat import BatBlock, BatDropPath
@@ -504,3 +505,28 @@ def test_cuda_equals_cpu():
     cpu = model(features).last_hidden_state
     cuda = copy.deepcopy(model).cuda()(features.cuda()).last_hidden_state
     torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=1e-3)
+
+
+PEAK_OF_AN_HOUR = """
+import re, sys, torch
+from bat_audio import BatConfig, BatModel
+
+def status(key):
+    return int(re.search(rf"^{key}:\\s+(\\d+) kB", open("/proc/self/status").read(), re.MULTILINE)[1]) * 1024
+
+model = BatModel(BatConfig(num_hidden_layers=1)).eval()
+features = torch.rand(1, 1, int(sys.argv[1]) * 6000, 128)
+with torch.inference_mode():
+    model(features[:, :, :1024])
+    before = status("VmRSS")
+    tokens = model(features).last_hidden_state
+print(status("VmHWM") - before - 4 * tokens.numel())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_memory_beyond_the_output_does_not_grow_with_the_length():
+    """It did: small tensors that stayed between the passes kept freed memory from being used again."""
+    extra = int(run_python(PEAK_OF_AN_HOUR, 60, OMP_NUM_THREADS=1).stdout)
+    assert extra < 200e6  # of 16 chunks in a pass; it was 300 to 500 MB

@@ -5,32 +5,36 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run, run_python
+from conftest import ROOT, run, run_python, tiny_config
 from hub_server import HubServer
 from safetensors.torch import load_file
+
+from bat_audio import BatConfig, BatModel
 
 pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
 TASKS = README[README.index("## From encoder to finished task") : README.index("## Looking at it")]
-LOOKING = README[README.index("## Looking at it") : README.index("## Shapes")]
+LOOKING = README[README.index("## Looking at it") : README.index("## Pre-training")]
+PRETRAINING = README[README.index("## Pre-training") : README.index("## Shapes")]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.replace(TASKS, ""), re.DOTALL)
 SIZES = re.compile(r"torch\.Size\(\[[\d, ]+\]\)")
 # What each line prints, if a comment says so.
 PRINTS = re.compile(r"^print\(.*\)  # (\d+|\[.*\]|torch\.Size\(.*\))$", re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, plain_folder, full_weights):
-    """The repository's files with the weights and the examples, a Hub that has the weights, and data to train on."""
+@contextmanager
+def cloned(tmp_path_factory, files: Path):
+    """The repository's files, with weights and examples, a Hub that has the weights, and data to train on."""
     folder = tmp_path_factory.mktemp("clone") / "bat"
-    shutil.copytree(plain_folder, folder)
+    shutil.copytree(files, folder)
     shutil.copytree(ROOT / "examples", folder / "examples")
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):
@@ -39,11 +43,31 @@ def clone(tmp_path_factory, plain_folder, full_weights):
             soundfile.write(folder / "sounds" / label / f"{number}.wav", 0.1 * rng.standard_normal(16000), 16000)
     events = [f"sounds/{label}/{i}.wav,{label},0.1,0.6" for label in ("cat", "dog") for i in range(6)]
     (folder / "events.csv").write_text("\n".join(["path,labels,onset,offset", *events]))
-    torch.save({f"student.encoder.{name}": t for name, t in load_file(full_weights).items()}, folder / "BAT_base.pt")
-    files = {name: (plain_folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    with HubServer(files) as hub:
+    with HubServer({name: (files / name).read_bytes() for name in ("config.json", "model.safetensors")}) as hub:
         hub.user = "me"
         environment = {**hub.env(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": None, "HF_TOKEN": hub.token}
+        yield folder, environment
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, plain_folder):
+    with cloned(tmp_path_factory, plain_folder) as folder_and_environment:
+        yield folder_and_environment
+
+
+@pytest.fixture(scope="module")
+def shallow_clone(tmp_path_factory, plain_folder):
+    """For training: with an encoder of the published width, but two blocks."""
+    files = tmp_path_factory.mktemp("shallow") / "bat"
+    shutil.copytree(plain_folder, files, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    torch.manual_seed(0)
+    model = BatModel(BatConfig(num_hidden_layers=2))
+    model.config.auto_map = BatConfig.from_pretrained(plain_folder).auto_map
+    model.save_pretrained(files)
+    with cloned(tmp_path_factory, files) as (folder, environment):
+        original = {f"student.encoder.{name}": t for name, t in model.state_dict().items()}
+        torch.save(original, folder / "BAT_base.pt")
         yield folder, environment
 
 
@@ -61,9 +85,9 @@ def test_snippet_prints_what_it_says(number, clone, installed_folder):
     assert SIZES.findall(printed) == expected
 
 
-def test_tasks_one_after_the_other(clone, installed_folder):
+def test_tasks_one_after_the_other(shallow_clone, installed_folder):
     """Every command and snippet of the section, with two steps of training instead of hundreds."""
-    folder, environment = clone
+    folder, environment = shallow_clone
     environment = {**environment, "PYTHONPATH": str(installed_folder)}
     program, module = [sys.executable, "-m", "bat_audio.tools.cli"], [sys.executable, "-m"]
     for language, code in re.findall(r"```(bash|python)\n(.*?)```", TASKS, re.DOTALL):
@@ -96,9 +120,7 @@ def test_tasks_one_after_the_other(clone, installed_folder):
 def test_looking_at_it(clone, installed_folder):
     folder, environment = clone
     environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    if not (folder / "my-table").exists():  # of the section before
-        embed = [sys.executable, "-m", "bat_audio.tools.cli", "embed", "sounds/", "-o", "my-table"]
-        run(embed, cwd=folder, **environment)
+    run([sys.executable, "-m", "bat_audio.tools.cli", "embed", "sounds/", "-o", "my-table"], cwd=folder, **environment)
     for code in re.findall(r"```bash\n(.*?)```", LOOKING, re.DOTALL):
         command = [sys.executable, "-m", "bat_audio.tools.cli", *code.split()[1:]]
         printed = run(command, cwd=folder, **environment).stdout
@@ -107,13 +129,45 @@ def test_looking_at_it(clone, installed_folder):
     assert len(printed.splitlines()) == 1 + 5  # of the search, the last of the commands
 
 
+def test_pretraining(shallow_clone, installed_folder):
+    """Every command of the section, with two steps."""
+    folder, environment = shallow_clone
+    environment = {**environment, "PYTHONPATH": str(installed_folder)}
+    tiny_config().save_pretrained(folder / "small")
+    short = {"--steps": "2", "--batch-size": "1", "--views": "2", "--num-workers": "0"}
+    commands = re.findall(r"^(bat-audio|accelerate launch -m bat_audio.tools.cli) (.*)$", PRETRAINING, re.MULTILINE)
+    assert len(commands) == 4
+    for program, arguments in commands:
+        words = arguments.replace("checkpoint-400000", "checkpoint-2").split()
+        if words[0] == "pretrain":
+            words = [word for i, word in enumerate(words) if not {word, words[i - 1]} & short.keys()]
+            words += [word for option in short.items() for word in option]
+        launch = ["accelerate.commands.launch", "--num_processes", "1", "-m"] if "accelerate" in program else []
+        run([sys.executable, "-m", *launch, "bat_audio.tools.cli", *words], cwd=folder, **environment)
+    teacher = load_file(folder / "my-teacher" / "model.safetensors")
+    assert teacher.keys() == load_file(folder / "my-small-encoder" / "model.safetensors").keys()
+    assert "pre-trained from [lrauch/BAT" in (folder / "my-encoder" / "README.md").read_text()
+
+
 def test_load_model_transcript(clone):
     folder, environment = clone
     command = re.search(r"^\.venv/bin/python (load_model\.py .*)$", README, re.MULTILINE)[1].split()
-    transcript = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1]
+    transcript = re.search(r"prints a line per file.*?```text\n(.*?)```", README, re.DOTALL)[1]
     printed = run([sys.executable, *command], cwd=folder, **environment).stdout
     for line, expected in zip(printed.splitlines(), transcript.splitlines(), strict=True):
         assert line.startswith(expected.removesuffix("...")), (line, expected)
+
+
+def test_demo_transcript(tmp_path):
+    transcript = re.search(r"and prints\n\n```text\n(.*?)```", README, re.DOTALL)[1]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None}
+    printed = run([sys.executable, "-m", "bat_audio.tools.demo"], **nowhere).stdout
+    printed, transcript = (text[text.index("***") :].split() for text in (printed, transcript))
+    for word, expected in zip(printed, transcript, strict=True):
+        if re.fullmatch(r"-?\d\.\d\d", expected):
+            assert float(word) == pytest.approx(float(expected), abs=0.021)
+        else:
+            assert word == expected
 
 
 def test_hf_download_command(clone, tmp_path):
@@ -130,14 +184,14 @@ def test_memory_benchmark_runs():
 
 
 def test_make_targets_and_extras_of_the_readme_exist():
-    for target in set(re.findall(r"`?make (\w+)", README)):
+    for target in set(re.findall(r"(?:`|^)make (\w+)", README, re.MULTILINE)):
         result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r'pip install -e "\.\[(\w+)\]"', README):
-        assert f"\n{extra} = [" in project
+    for extras in re.findall(r'pip install -e "\.\[([\w,]+)\]"', README):
+        assert all(f"\n{extra} = [" in project for extra in extras.split(","))
 
 
 def test_files_that_the_readme_names_exist():
-    for file in set(re.findall(r"(?:examples/)[\w.]+", README)):
+    for file in set(re.findall(r"examples/[\w./-]*\w", README)):
         assert (ROOT / file).exists(), file

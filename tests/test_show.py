@@ -1,6 +1,8 @@
 """The pictures of a recording: what is drawn is what the model computes, at the right time and frequency."""
 
 import math
+import shutil
+import subprocess
 
 import matplotlib.figure
 import numpy as np
@@ -188,6 +190,19 @@ def test_files(checkpoint, sound, tmp_path, suffix):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([out.name, "sound.wav"])
 
 
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
+def test_what_only_ffmpeg_reads(checkpoint, sound, tmp_path):
+    subprocess.run(["ffmpeg", "-v", "error", "-i", sound, tmp_path / "sound.m4a"], check=True)
+    view = show(tmp_path / "sound.m4a", tmp_path / "picture.png", checkpoint=checkpoint)
+    assert len(view.waveform) / RATE == pytest.approx(soundfile.info(sound).duration, abs=0.1)
+
+
+def test_a_name_is_no_formula(checkpoint, sound, tmp_path):
+    shutil.copy(sound, tmp_path / r"a$x_{b$.wav")
+    show(tmp_path / r"a$x_{b$.wav", tmp_path / "picture.png", checkpoint=checkpoint)
+    assert (tmp_path / "picture.png").is_file()
+
+
 def test_a_failed_picture_leaves_the_old_one(checkpoint, sound, tmp_path, monkeypatch):
     def break_off(self, file, **kwargs):
         file.write_text("half")
@@ -228,4 +243,4 @@ def test_command(checkpoint, sound, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"wrote {tmp_path / 'a.svg'}" in result.output
     assert CliRunner().invoke(app, [*arguments, "--heads", "1;2"]).exit_code == 2
-    assert CliRunner().invoke(app, [*arguments, "--block", "9"]).exit_code == 1
+    assert CliRunner().invoke(app, [*arguments, "--block", "9"]).exit_code == 2

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run, tiny_model
+from conftest import ROOT, run, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -17,10 +17,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import bat_audio.tools.similar as similar_module
-from bat_audio import BatFeatureExtractor
+from bat_audio import BatFeatureExtractor, BatModel
 from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
 from bat_audio.tools.cli import app
-from bat_audio.tools.similar import embed, nearest_rows, similar
+from bat_audio.tools.embed import file_digest
+from bat_audio.tools.embed_inputs import Input, write_plan
+from bat_audio.tools.embed_settings import POOLS
+from bat_audio.tools.similar import nearest_rows, similar
 
 RATE = 16000
 PATCH = 16 * 160  # samples
@@ -134,6 +137,15 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def metadata_of(folder, pool: str = "cls", num_frames: int = 1024) -> dict:
+    return {
+        "checkpoint": str(folder),
+        "commit": None,
+        "weights_sha256": file_digest(folder / "model.safetensors"),
+        "settings": {"pool": pool, "num_frames": num_frames},
+    }
+
+
 def reference_embedding(model, waveform: torch.Tensor, pool: str, num_frames: int = 1024) -> torch.Tensor:
     """The pipeline's CLS token, and the mean over the pipeline's patch tokens that hold sound."""
     extractor = BatFeatureExtractor(num_frames=num_frames)
@@ -146,26 +158,25 @@ def reference_embedding(model, waveform: torch.Tensor, pool: str, num_frames: in
     return torch.cat([parts[part] for part in pool.split("+")])
 
 
-@pytest.mark.parametrize("pool", similar_module.POOLS)
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("num_frames", [1024, 112])
 @pytest.mark.parametrize("samples", [600, PATCH, 50000, 170000])
-def test_embedding_is_the_pipelines(pool, samples, num_frames):
-    model = tiny_model()
+def test_embedding_is_the_pipelines(pool, samples, num_frames, model_folder, tmp_path, monkeypatch):
     waveform = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
-    expected = reference_embedding(model, waveform, pool, num_frames)
-    torch.testing.assert_close(embed(model, waveform, pool, num_frames), expected, rtol=1e-4, atol=1e-5)
+    soundfile.write(tmp_path / "query.wav", waveform.numpy(), RATE, subtype="FLOAT")
+    expected = reference_embedding(tiny_model(), waveform, pool, num_frames)
+    table = write_table(tmp_path / "table", np.ones((1, 3)), metadata=metadata_of(model_folder, pool, num_frames))
+    monkeypatch.setattr(similar_module, "nearest_rows", lambda embedding, table, k: embedding)
+    found = similar(tmp_path / "query.wav", table, device="cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(params=similar_module.POOLS)
+@pytest.fixture(params=POOLS)
 def sounds_table(request, model_folder, tmp_path):
     """A table of the example sounds, one row each."""
     model, load = tiny_model(), BatFeatureExtractor().load_audio
     vectors = torch.stack([reference_embedding(model, load(sound), request.param) for sound in SOUNDS])
-    metadata = {
-        "checkpoint": str(model_folder),
-        "commit": None,
-        "settings": {"pool": request.param, "num_frames": 1024},
-    }
+    metadata = metadata_of(model_folder, request.param)
     return write_table(tmp_path / "table", vectors.numpy(), [2, len(SOUNDS) - 2], metadata=metadata)
 
 
@@ -188,11 +199,26 @@ def test_part_of_a_recording_and_another_checkpoint(sounds_table, model_folder, 
     assert similar(SOUNDS[0], sounds_table, 3, start=0.5, duration=1.25, checkpoint=model_folder) == expected
 
 
+@pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
+def test_an_unfinished_table_gives_a_warning(sounds_table, caplog):
+    with (sounds_table / "inputs.parquet").open("wb") as file:
+        write_plan(((Input(str(number), str(number)), 0) for number in range(6)), file, 2)
+    found = similar(SOUNDS[0], sounds_table, 1)
+    assert "2 of 3 shards are there, and only these are searched" in caplog.text
+    caplog.clear()
+    with (sounds_table / "inputs.parquet").open("wb") as file:
+        write_plan(((Input(str(number), str(number)), 0) for number in range(6)), file, 3)
+    assert similar(SOUNDS[0], sounds_table, 1) == found
+    assert not caplog.records
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
 def test_command(sounds_table):
     arguments = [sys.executable, "-m", "bat_audio.tools.cli", "similar", SOUNDS[1], str(sounds_table), "-k", "2"]
     expected = similar(SOUNDS[1], sounds_table, 2)
+    assert json.loads(run([*arguments, "--json"]).stdout) == expected
+    arguments[4] = f"file://{SOUNDS[1]}"
     assert json.loads(run([*arguments, "--json"]).stdout) == expected
     header, *lines = run(arguments).stdout.splitlines()
     assert header.split() == ["rank", "cosine", "start_s", "end_s", "path"]
@@ -202,7 +228,12 @@ def test_command(sounds_table):
         assert (float(start), float(end)) == (round(row["start_s"], 2), round(row["end_s"], 2))
 
 
-GOOD = {"checkpoint": "/nowhere", "commit": None, "settings": {"pool": "cls", "num_frames": 1024}}
+GOOD = {
+    "checkpoint": "/nowhere",
+    "commit": None,
+    "weights_sha256": "0" * 64,
+    "settings": {"pool": "cls", "num_frames": 1024},
+}
 
 
 def change(table, column: str, values):
@@ -279,12 +310,12 @@ def test_wrong_queries(tmp_path, query, k, message):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "metadata.json does not tell checkpoint, commit and settings"),
+        (None, "metadata.json does not tell checkpoint, commit, digest and settings"),
         ([], "metadata.json does not tell"),
         ({"checkpoint": "/nowhere"}, r"metadata.json does not tell .*'commit'"),
         (
             {**GOOD, "settings": {"pool": "max", "num_frames": 1024}},
-            "metadata.json: pool='max' is not known; expected cls, mean, cls.mean",
+            "pool='max' is not known; expected cls, mean, cls.mean",
         ),
         (GOOD, "No weights at /nowhere"),
     ],
@@ -295,15 +326,32 @@ def test_wrong_metadata(tmp_path, metadata, message):
         similar(SOUNDS[0], table)
 
 
+def test_a_whole_recording_beside_parts_gives_a_hint(model_folder, tmp_path, caplog):
+    metadata = metadata_of(model_folder)
+    metadata["settings"]["segment"] = 0.5
+    table = write_table(tmp_path / "table", np.ones((6, 32), np.float32), metadata=metadata)
+    similar(SOUNDS[0], table)
+    assert "one embedding, which is compared with parts of 0.5 s" in caplog.text
+    caplog.clear()
+    similar(SOUNDS[0], table, duration=0.5)
+    assert not caplog.records
+
+
+def test_other_weights_than_the_tables_are_refused(sounds_table, tmp_path):
+    torch.manual_seed(1)
+    BatModel(tiny_config()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other weights than those that .*metadata\.json names"):
+        similar(SOUNDS[0], sounds_table, checkpoint=tmp_path / "other")
+
+
 def test_wrong_recording_and_width(tmp_path, model_folder):
-    metadata = {**GOOD, "checkpoint": str(model_folder)}
-    table = write_table(tmp_path / "table", np.ones((6, 31), np.float32), metadata=metadata)
+    table = write_table(tmp_path / "table", np.ones((6, 31), np.float32), metadata=metadata_of(model_folder))
     with pytest.raises(ValueError, match=r"fixed_size_list<.*\[31\], but the query's has 32 values"):
         similar(SOUNDS[0], table)
     (tmp_path / "text.wav").write_text("no sound")
     with pytest.raises(ValueError, match=r"text\.wav: cannot be read as audio"):
         similar(tmp_path / "text.wav", table)
     result = CliRunner().invoke(app, ["similar", str(tmp_path / "none.wav"), str(table)])
-    assert result.exit_code == 1
-    assert "none.wav: no such file" in result.output
+    assert result.exit_code == 2
+    assert "none.wav: no such file; name a recording" in result.output
     assert CliRunner().invoke(app, ["similar", SOUNDS[0], str(table), "-k", "0"]).exit_code == 2

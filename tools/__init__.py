@@ -1,4 +1,4 @@
-"""What a Hub snapshot does not need: pictures, search, training, conversion, export and publishing; see `cli`."""
+"""What a Hub snapshot does not need: embedding, pictures, search, training, export and publishing; see `cli`."""
 
 import sys
 

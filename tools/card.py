@@ -4,7 +4,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -17,9 +17,11 @@ from bat_audio.modeling_bat import BatForClassification, BatModel
 
 LISTED_CLASSES = 10  # named in the text; more go into a list that unfolds
 LOSS_PLOT = "plots/loss.png"
+PRETRAINING_PLOT = "plots/pretraining.png"
 BLOCKS_PLOT = "plots/block_weights.png"
 CAPTIONS = {
     LOSS_PLOT: "Loss and validation metrics over the training steps",
+    PRETRAINING_PLOT: "Losses, and the variances over clips that a collapse would bring to zero, over the steps",
     BLOCKS_PLOT: "Weights with which the head mixes the blocks of the encoder",
 }
 METRIC_NAMES = {"loss": "Loss", "accuracy": "Accuracy", "map": "mAP", "f1": "F1"}
@@ -70,12 +72,32 @@ print(len(embedding))
 ```
 
 `AutoModel`, `AutoModelForAudioClassification` and `AutoModelForAudioFrameClassification` load it too; the last two \
-put a new head on it, which is to be trained. This card says nothing about what the encoder was trained on.
+put a new head on it, which is to be trained. {origin}
 """
 
 
-def write_encoder_card(folder: str | Path, model: BatModel, name: str) -> Path:
-    """Write README.md for a saved encoder, with what the model itself shows, and return its path."""
+def write_encoder_card(
+    folder: str | Path,
+    model: BatModel,
+    name: str,
+    *,
+    base_model: str | Path | None = None,
+    num_recordings: int | None = None,
+    hours: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    log_history: Sequence[Mapping[str, float]] | None = None,
+) -> Path:
+    """Write README.md for a saved encoder and return its path.
+
+    The card says what the model itself shows and, of its pre-training, what is given here; of paths the last part.
+
+    Args:
+        folder: where `model.save_pretrained` has saved the model. Its README.md is replaced.
+        base_model: what pre-training went on from: a Hub repository, a path, or a name.
+        num_recordings, hours: what it was pre-trained on.
+        settings: of the pre-training, for a table.
+        log_history: of the pre-training, for plots/pretraining.png.
+    """
     config = model.config
     metadata = ModelCardData(
         library_name="transformers",
@@ -91,10 +113,26 @@ def write_encoder_card(folder: str | Path, model: BatModel, name: str) -> Path:
         seconds=config.input_shape[0] * config.hop_length / config.sample_rate,
         patches=math.prod(config.grid_size),
         rate=config.sample_rate,
+        origin=_pretraining_origin(num_recordings, hours, base_model),
     )
+    if settings:
+        rows = ((key, public_name(value)) for key, value in settings.items())
+        body += f"\n## Pre-training\n\n{table(('Setting', 'Value'), rows)}\n"
+    if log_history:
+        figure = pretraining_figure(log_history)
+        (Path(folder) / PRETRAINING_PLOT).parent.mkdir(exist_ok=True)
+        figure.savefig(Path(folder) / PRETRAINING_PLOT, dpi=150)
+        body += f"\n![{CAPTIONS[PRETRAINING_PLOT]}]({PRETRAINING_PLOT})\n"
     path = Path(folder) / "README.md"
     path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{body}", encoding="utf-8")
     return path
+
+
+def _pretraining_origin(num_recordings: int | None, hours: float | None, base_model: str | Path | None) -> str:
+    if num_recordings is None:
+        return "This card says nothing about what the encoder was trained on."
+    begin = "random weights" if base_model is None else _reference(base_model, "https://huggingface.co/")
+    return f"It was pre-trained from {begin} on {num_recordings:,} recordings of {hours:,.1f} hours, without labels."
 
 
 def write_card(
@@ -188,6 +226,32 @@ def loss_figure(log_history: Sequence[Mapping[str, float]]) -> "matplotlib.figur
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("Training step (optimiser updates)")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def pretraining_figure(log_history: Sequence[Mapping[str, float]]) -> "matplotlib.figure.Figure":  # noqa: F821
+    """Losses of a pre-training over the steps, and the variances over clips that would go to zero in a collapse.
+
+    Args:
+        log_history: dicts with `step` and what `MaskedRegression` gives.
+    """
+    panels = (
+        ("Loss", {"local_loss": "Local", "global_loss": "Global"}),
+        (
+            "Variance",
+            {"target_variance": "Targets", "mean_target_variance": "Mean target", "cls_variance": "CLS token"},
+        ),
+    )
+    figure, axes = _figure(panels=len(panels))
+    steps = [entry["step"] for entry in log_history]
+    for axis, (label, curves) in zip(axes, panels, strict=True):
+        for (key, name), colour in zip(curves.items(), (BLUE, VERMILION, GREEN), strict=False):
+            axis.plot(steps, [entry[key] for entry in log_history], color=colour, label=name)
+        axis.set_ylabel(label)
+        axis.set_yscale("log")
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("Training step (optimiser updates)")
     return figure
 
 
@@ -314,11 +378,11 @@ def _body(
     ]
     if metrics:
         rows = ((_metric_name(key), f"{value:.4f}") for key, value in metrics.items())
-        sections += ["## Evaluation", measured, _table(("Metric", "Value"), rows)]
+        sections += ["## Evaluation", measured, table(("Metric", "Value"), rows)]
     if settings or plots:
         sections.append("## Training")
     if settings:
-        sections.append(_table(("Setting", "Value"), ((key, public_name(value)) for key, value in settings.items())))
+        sections.append(table(("Setting", "Value"), ((key, public_name(value)) for key, value in settings.items())))
     sections += [f"![{caption}]({file})" for file, caption in CAPTIONS.items() if file in plots]
     sections += [
         "## Limitations",
@@ -327,7 +391,7 @@ def _body(
         f"- It hears mono sound at {config.sample_rate} Hz, so nothing above {config.sample_rate // 2} Hz, and scales "
         "the features of each clip by the clip's own extremes, so that absolute loudness is lost.",
         "## Versions",
-        _table(("Library", "Version"), [("Transformers", transformers.__version__), ("PyTorch", torch.__version__)]),
+        table(("Library", "Version"), [("Transformers", transformers.__version__), ("PyTorch", torch.__version__)]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -337,16 +401,17 @@ def _class_list(labels: list[str]) -> str:
     first = ", ".join(map(_escape, labels[:LISTED_CLASSES]))
     if len(labels) <= LISTED_CLASSES:
         return f"{first}."
-    table = _table(("Index", "Class"), enumerate(labels))
+    listed = table(("Index", "Class"), enumerate(labels))
     return (
         f"{first} and {len(labels) - LISTED_CLASSES} more.\n\n"
-        f"<details>\n<summary>All {len(labels)} classes</summary>\n\n{table}\n\n</details>"
+        f"<details>\n<summary>All {len(labels)} classes</summary>\n\n{listed}\n\n</details>"
     )
 
 
-def _table(header: tuple[str, str], rows) -> str:
-    lines = [header, ("---", "---"), *(tuple(_escape(str(cell)) for cell in row) for row in rows)]
-    return "\n".join(f"| {left} | {right} |" for left, right in lines)
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Markdown of a table whose cells show as they are."""
+    lines = [header, ["---"] * len(header), *([_escape(str(cell)) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _one_line(text: str) -> str:

@@ -11,10 +11,11 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from bat_audio.tools.embed_settings import EmbedSettings
-from bat_audio.tools.recipes import FinetuneSettings
+from bat_audio.tools.embed_settings import EmbedSettings, StartError
+from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+WRONG_INPUTS = (ValueError, FileNotFoundError, FileExistsError)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Folder, .safetensors or Hub name; default: the published weights.")
@@ -25,8 +26,13 @@ Start = Annotated[float, typer.Option(help="Where the part of the recording begi
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
 
 
-def command(function: Callable, usage_errors: tuple[type[Exception], ...] = ()) -> Callable:
-    """Make a subcommand whose foreseen errors are one line and exit status 1, or 2 for those of wrong usage."""
+def command(
+    function: Callable, usage_errors: tuple[type[Exception], ...] = (), goes_on_from: str | None = None
+) -> Callable:
+    """Make a subcommand whose foreseen errors are one line and exit status 1, or 2 for those of wrong usage.
+
+    After Ctrl-C it is 130, and a command that can be resumed says where it `goes_on_from`.
+    """
 
     @functools.wraps(function)
     def run(*args, debug: bool = False, **kwargs):
@@ -40,6 +46,10 @@ def command(function: Callable, usage_errors: tuple[type[Exception], ...] = ()) 
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(2 if isinstance(error, usage_errors) else 1) from error
+        except KeyboardInterrupt as interrupt:
+            resumed = f"; the same command goes on from {goes_on_from}" if goes_on_from else ""
+            typer.echo(f"interrupted{resumed}", err=True)
+            raise typer.Exit(130) from interrupt
 
     signature = inspect.signature(function)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
@@ -48,15 +58,16 @@ def command(function: Callable, usage_errors: tuple[type[Exception], ...] = ()) 
 
 
 def _options_of(settings_class: type, **types) -> list[inspect.Parameter]:
-    """A command's parameters from the fields of a dataclass and their help; the first field is the argument.
+    """A command's parameters from the fields of a dataclass and their help; the first field is the argument,
+    unless it is `data`.
 
     `types` are those that a command line gives, of fields that take more than that in Python.
     """
     hints = {**get_type_hints(settings_class), **types}
     parameters = []
     for item in fields(settings_class):
-        names = ["--out", "-o"] if item.name == "out" else []
-        declare = typer.Option if parameters else typer.Argument
+        names = {"data": ["--data"], "out": ["--out", "-o"]}.get(item.name, [])
+        declare = typer.Option if parameters or names else typer.Argument
         annotation = Annotated[hints[item.name], declare(*names, help=item.metadata["help"])]
         default = inspect.Parameter.empty if item.default is MISSING else item.default
         parameters.append(
@@ -75,7 +86,7 @@ def _numbers(text: str, option: str) -> list[int]:
         ) from error
 
 
-@command
+@functools.partial(command, usage_errors=WRONG_INPUTS)
 def show(
     source: Annotated[Path, typer.Argument(help="Sound file of any format, rate and length.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")],
@@ -101,9 +112,9 @@ def show(
     typer.echo(f"wrote {out}")
 
 
-@command
+@functools.partial(command, usage_errors=WRONG_INPUTS)
 def similar(
-    query: Annotated[Path, typer.Argument(help="Sound file of any format, rate and length.")],
+    query: Annotated[str, typer.Argument(help="Sound file of any format, rate and length, or its address.")],
     table: Annotated[str, typer.Argument(help="Folder of bat-audio embed, or its address (s3://bucket/folder).")],
     k: Annotated[int, typer.Option("-k", min=1, help="Most rows to give.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list in JSON.")] = False,
@@ -145,7 +156,28 @@ def finetune(**options):
 
 
 finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings, train=str, validation=str | None))
-command(finetune)
+command(finetune, usage_errors=WRONG_INPUTS, goes_on_from="the last checkpoint, if there is one")
+
+
+def pretrain(**options):
+    """Pre-train BAT on sounds without labels, from random weights or from a checkpoint; writes an encoder with a card.
+
+    \b
+    bat-audio pretrain --data sounds/ --out my-encoder --config config.json --steps 20000
+    bat-audio pretrain --data birds/ --out bird-encoder --init my-encoder --steps 5000 --learning-rate 1e-4
+    accelerate launch -m bat_audio.tools.cli pretrain --data list.csv --out my-encoder
+
+    The defaults are the authors' settings. A run that was stopped goes on when the command is repeated.
+    """
+    from bat_audio.tools.pretrain import pretrain
+
+    metrics = pretrain(PretrainSettings(**options))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        typer.echo(json.dumps({"model": options["out"], **metrics}))
+
+
+pretrain.__signature__ = inspect.Signature(_options_of(PretrainSettings, data=list[str]))
+command(pretrain, usage_errors=WRONG_INPUTS, goes_on_from="the last checkpoint, if there is one")
 
 
 def embed(**options):
@@ -157,26 +189,25 @@ def embed(**options):
     bat-audio embed list.csv -o s3://bucket/embeddings --whole --engine ray
 
     What was stopped goes on when the command is repeated. Broken recordings are listed in errors.parquet. The exit
-    status is 0, 1 where recordings were broken or the run was stopped, and 2 for options or inputs that are wrong.
+    status is 0, 1 where recordings were broken or the run was stopped, 2 for options, inputs or a folder that are
+    wrong, and 130 after Ctrl-C.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from bat_audio.tools.embed import embed
 
     disable_progress_bar()  # of loading the weights, which would cut through the bar of the run
-    try:
-        summary = embed(EmbedSettings(**options))
-    except KeyboardInterrupt as interrupt:
-        typer.echo("interrupted; the same command goes on from there", err=True)
-        raise typer.Exit(130) from interrupt
+    summary = embed(EmbedSettings(**options))
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in summary.items()}
     typer.echo(json.dumps({"table": options["out"], **rounded}))
     if summary["failed"]:
+        errors = f"{options['out'].rstrip('/')}/errors.parquet"
+        typer.echo(f"broken recordings: {summary['failed']}, listed in {errors}", err=True)
         raise typer.Exit(1)
 
 
 embed.__signature__ = inspect.Signature(_options_of(EmbedSettings, inputs=list[str]))
-command(embed, usage_errors=(ValueError, FileNotFoundError))
+command(embed, usage_errors=(*WRONG_INPUTS, StartError), goes_on_from="there")
 
 
 @command

@@ -23,6 +23,7 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import BatForAudioClassification, BatForAudioFrameClassification, BatModel
 
 STUDENT_PREFIX = "student.encoder."
+TEACHER_PREFIX = "teacher."  # of bat-audio pretrain
 HEAD_PREFIX = "head."
 HEAD_NAMES = {"fc.weight", "fc.bias", "ln.weight", "ln.bias", "block_attention", "prototype_vectors"}
 # By which of prototype_vectors and block_attention a head has.
@@ -53,10 +54,11 @@ def convert(
 
     Args:
         source: a .safetensors file or a pickle of torch.save. Its weights are named as in `BatModel`, with
-            `student.encoder.` in front or without, at the top or under "state_dict"; or it holds them under "encoder"
-            and "ema_encoder". More rows of `pos_embed` than the config needs are dropped.
+            `student.encoder.` in front, as in the checkpoints of bat-audio pretrain, or without, at the top or under
+            "state_dict"; or it holds them under "encoder" and "ema_encoder". More rows of `pos_embed` than the config
+            needs are dropped.
         out: the folder to write, which does not exist or is empty.
-        ema: take the moving average "ema_encoder" instead of "encoder".
+        ema: take the moving average, "ema_encoder" instead of "encoder" or `teacher.` instead of `student.encoder.`.
         config: for what shapes cannot tell, such as `layer_norm_first`, the front end or the number of attention heads
             of an unpublished width; a config or the path of a config.json. It must agree with all shapes; fields of the
             head that are left at their defaults are taken from the weights. None is the published setting.
@@ -134,20 +136,22 @@ def _select_weights(contents: Mapping, ema: bool) -> dict:
     weights = contents.get("state_dict", contents)
     if isinstance(weights, Mapping) and isinstance(weights.get("encoder"), Mapping):
         parts = weights
-        weights = parts.get("ema_encoder") if ema else parts["encoder"]
-        ema = ema and weights is None
+        weights = parts.get("ema_encoder", {}) if ema else parts["encoder"]
+        ema = ema and not weights
         if isinstance(weights, Mapping) and isinstance(parts.get("head"), Mapping):
             weights = {**weights, **{f"{HEAD_PREFIX}{name}": value for name, value in parts["head"].items()}}
-    if ema:
-        raise ValueError('it holds no "ema_encoder"; leave ema=True (--ema) out.')
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError("its weights are not a dict from names to tensors.")
-    if any(name.startswith(STUDENT_PREFIX) for name in weights):
+    prefix = TEACHER_PREFIX if ema else STUDENT_PREFIX
+    if any(name.startswith(prefix) for name in weights):
+        ema = False
         weights = {
-            name.removeprefix(STUDENT_PREFIX): value
+            name.removeprefix(prefix): value
             for name, value in weights.items()
-            if name.startswith((STUDENT_PREFIX, HEAD_PREFIX))
+            if name.startswith((prefix, HEAD_PREFIX))
         }
+    if ema:
+        raise ValueError('it holds neither "ema_encoder" nor teacher.*; leave ema=True (--ema) out.')
     unknown = [name for name in weights if name.startswith(HEAD_PREFIX) and name[len(HEAD_PREFIX) :] not in HEAD_NAMES]
     if unknown:
         raise ValueError(

@@ -25,7 +25,7 @@ from huggingface_hub.errors import HTTPError
 from torch import nn
 from transformers.utils import logging
 
-from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, fit_frames
+from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, announced_frames, fit_frames
 from bat_audio.tools.card import hub_id
 
 # Of sound files, besides the names of libsndfile's formats.
@@ -74,8 +74,10 @@ class Example:
 
     def load(self, processor: BatAudioProcessor) -> torch.Tensor:
         """The waveform (samples,) at the processor's rate; errors as of `load_audio`."""
-        source = self.source if isinstance(self.source, str) else self.source.open()
-        return processor.load_audio(source, self.start, self.duration)
+        return processor.load_audio(self.open(), self.start, self.duration)
+
+    def open(self) -> str | io.BytesIO:
+        return self.source if isinstance(self.source, str) else self.source.open()
 
 
 def read_examples(source, frames: bool = False, split: str | None = None) -> list[Example]:
@@ -413,12 +415,16 @@ def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
             their end.
         FileNotFoundError: a file has vanished.
     """
-    window = processor.n_fft / processor.sample_rate
+    window, soundfile = processor.n_fft / processor.sample_rate, require("soundfile")
 
     def problem(example: Example) -> str | None:
         duration = window if example.duration is None else min(window, example.duration)
         try:
             processor.log_mel(replace(example, duration=duration).load(processor))
+            with soundfile.SoundFile(example.open()) as file:
+                is_cut = announced_frames(file) > file.frames
+            if is_cut:
+                example.load(processor)  # says so, if the clip reaches into what is missing
             if example.events:
                 last_onset = max(onset for onset, _, _ in example.events)
                 replace(example, start=example.start + last_onset, duration=window).load(processor)
@@ -548,6 +554,25 @@ def frame_targets(
     return torch.from_numpy(targets[:num_steps])
 
 
+class EpochOrder:
+    """The places of a long row of epochs, each of which has all items once; with `shuffle` in an order of its own."""
+
+    def __init__(self, num_items: int, seed: int, shuffle: bool):
+        self.num_items = num_items
+        self.seed = seed
+        self.shuffle = shuffle
+        self._order = (-1, np.arange(num_items))  # an epoch and its order
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        """The epoch and the item at this place."""
+        epoch, index = divmod(place, self.num_items)
+        if self.shuffle:
+            if self._order[0] != epoch:
+                self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_items))
+            index = int(self._order[1][index])
+        return epoch, index
+
+
 class ClipDataset(torch.utils.data.Dataset):
     """Features and targets of examples, for a `Trainer` or `DataLoader`.
 
@@ -615,18 +640,13 @@ class ClipDataset(torch.utils.data.Dataset):
         self.augmentation = augmentation or Augmentation()
         self.seed = seed
         self.epochs = epochs
-        self.shuffle = shuffle
-        self._order = (-1, np.arange(len(examples)))  # an epoch and its order
+        self.order = EpochOrder(len(examples), seed, shuffle)
 
     def __len__(self) -> int:
         return self.epochs * len(self.examples)
 
     def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
-        epoch, index = divmod(range(len(self))[place], len(self.examples))
-        if self.shuffle:
-            if self._order[0] != epoch:
-                self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.examples)))
-            index = int(self._order[1][index])
+        epoch, index = self.order[range(len(self))[place]]
         changes = self.augmentation
         generator = np.random.default_rng([self.seed, epoch, index])
         waveform, targets = self._clip(index, generator)

@@ -9,16 +9,21 @@ processes, or on where an earlier run was stopped: units are fixed beforehand, a
 Shapes: B clips, T frames, M mel bands, D width, L blocks, t time patches of 160 ms.
 """
 
+import contextlib
+import errno
 import importlib.metadata
+import inspect
 import itertools
+import json
 import os
 import re
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -33,12 +38,13 @@ from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio.tools.data import pick_device, require, without_decoding
 from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, DecodingProcesses, read_clips
-from bat_audio.tools.embed_inputs import Input, Plan, list_inputs, read_dataset, write_plan
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio.tools.embed_inputs import Input, Plan, is_address, list_inputs, read_dataset, write_plan
+from bat_audio.tools.embed_settings import EmbedSettings, StartError
 from bat_audio.tools.embed_table import PLACE, Table, row_schema, vectors_array
 
 POOL_CLIPS = 256  # that are sorted by length and written together
 POOL_SECONDS = 1800  # of sound in them, at most; one longer recording is a pool by itself
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ClsTokens:
@@ -154,7 +160,11 @@ class Pool:
 
     @torch.inference_mode()
     def table(self, schema: pa.Schema) -> pa.Table:
-        """The rows; waits for the device where it is still at work."""
+        """The rows; waits for the device where it is still at work.
+
+        Raises:
+            BrokenRecordingError: there are NaN or infinite values in them.
+        """
         columns = []
         for field in schema:
             if field.name in PLACE:
@@ -164,10 +174,27 @@ class Pool:
             if field.name == "tokens":
                 offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
                 vectors = vectors_array(torch.cat(values).cpu().numpy(), field.type.value_type)
+                self._check_finite(field.name, vectors, np.repeat(np.arange(len(values)), np.diff(offsets)))
                 columns.append(pa.ListArray.from_arrays(offsets, vectors, field.type))
             else:
-                columns.append(vectors_array(torch.stack(values).cpu().numpy(), field.type))
+                vectors = vectors_array(torch.stack(values).cpu().numpy(), field.type)
+                self._check_finite(field.name, vectors, np.arange(len(values)))
+                columns.append(vectors)
         return pa.table(columns, schema=schema)
+
+    def _check_finite(self, name: str, vectors: pa.FixedSizeListArray, rows: np.ndarray):
+        """`rows` are the places of the clips that the vectors belong to."""
+        finite = np.isfinite(vectors.flatten().to_numpy(zero_copy_only=False)).reshape(len(vectors), -1).all(axis=1)
+        if finite.all():
+            return
+        bad = [self.clips[place] for place in np.unique(rows[~finite])]
+        places = ", ".join(f"{clip.input.path} at {clip.start_s:.2f} s" for clip in bad[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        if pa.types.is_float16(vectors.type.value_type):
+            cure = "Begin another table without float16 (--float16), whose numbers end at 65504"
+        else:
+            cure = "Begin another table in float32 (--no-bf16), or with another checkpoint"
+        raise BrokenRecordingError(f"NaN or infinite values in the column {name} of {places}{more}. {cure}.")
 
 
 def pools(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Pool]:
@@ -208,23 +235,34 @@ def read_config(settings: EmbedSettings) -> tuple[Path, BatConfig]:
     return weights, config
 
 
-def describe(settings: EmbedSettings, weights: Path, inputs: dict) -> dict:
+def file_digest(file: Path) -> str:
+    """SHA-256 in hexadecimal."""
+    with file.open("rb") as content:
+        return sha_fileobj(content).hex()
+
+
+def describe(settings: EmbedSettings, weights: Path, config: BatConfig, inputs: dict) -> dict:
     """What metadata.json says, so that a table can be traced and continued."""
     # The Hub's cache keeps models--namespace--name/snapshots/commit/model.safetensors.
     repository = re.fullmatch(r"models--(.+)--(.+)", weights.parent.parent.parent.name)
-    with weights.open("rb") as file:
-        digest = sha_fileobj(file).hex()
     device, dtype = compute_on(settings)
     packages = {"bat_audio": "bat-audio", "torch": "torch", "transformers": "transformers"}
     return {
         "checkpoint": "/".join(repository.groups()) if repository else str(weights.absolute()),
         "commit": weights.parent.name if repository else None,
-        "weights_sha256": digest,
+        "weights_sha256": file_digest(weights),
+        "config": {name: getattr(config, name) for name in _config_names()},
         "device": device,
         "versions": {name: importlib.metadata.version(package) for name, package in packages.items()},
         "settings": {**settings.that_decide(), "bf16": dtype == "bfloat16"},
         "inputs": inputs,
     }
+
+
+def _config_names() -> list[str]:
+    """Of BAT's own settings, without those that Transformers adds, which differ between its versions."""
+    parameters = inspect.signature(BatConfig.__init__).parameters.values()
+    return [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD and item.name != "self"]
 
 
 # Of metadata.json; the digest of the weights decides on the checkpoint.
@@ -235,34 +273,47 @@ def begin(settings: EmbedSettings, table: Table, sources: list, dataset: tuple |
     """Write a table's plan and metadata, or see that it was begun in the same way.
 
     Raises:
-        ValueError: the folder holds other files, or a table that was begun in another way; or an input has no sounds.
+        ValueError: the folder holds a table that was begun in another way; or an input has no sounds.
         FileNotFoundError: an input is not there.
         OSError: there are no weights, or the folder cannot be written.
     """
     weights, config = read_config(settings)
     Cut.of(settings, config)  # refuses windows that are too short
-    is_begun = table.exists("metadata.json")
-    if not is_begun and (others := table.other_files()):
-        raise ValueError(f"{table.address}: holds other files, such as {others[0]}, but no table to go on with.")
     table.prepare()
-    # The first plan stays: a file may have another size since then, and the units other limits.
-    with open(os.devnull, "wb") if is_begun else table.write("inputs.parquet") as file:
-        inputs = write_plan(list_inputs(sources, dataset), file, settings.shard_size)
-    metadata = describe(settings, weights, inputs)
-    if not is_begun:
+    goes_on = table.exists("metadata.json") and bool(table.finished_units())  # else nothing would be lost
+    stored = table.read_json("metadata.json") if goes_on else {}
+    if settings.stored_inputs:
+        if not goes_on:
+            raise ValueError(
+                f"{table.address}: holds no shards of a table whose list of inputs could be taken; leave out "
+                "stored_inputs (--stored-inputs)."
+            )
+        inputs = stored["inputs"]
+    else:
+        # The first plan stays: a file may have another size since then, and the units other limits.
+        with open(os.devnull, "wb") if goes_on else table.write("inputs.parquet") as file:
+            inputs = write_plan(list_inputs(sources, dataset), file, settings.shard_size)
+        inputs["folder"] = os.getcwd() if dataset is None and any(map(_is_relative, sources)) else None
+    inputs["fingerprint"] = None if dataset is None else dataset[0]._fingerprint
+    metadata = json.loads(json.dumps(describe(settings, weights, config, inputs)))  # as it will be read
+    if not goes_on:
         table.write_json("metadata.json", metadata)
         return
-    then, now = (_flatten(said) for said in (table.read_json("metadata.json"), metadata))
-    changes = [
-        f"{name} was {then.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if value != then.get(name) and name not in MAY_CHANGE
-    ]
+    then, now = _flatten(stored), _flatten(metadata)
+    changes = {name: value for name, value in now.items() if value != then.get(name) and name not in MAY_CHANGE}
     if changes:
-        raise ValueError(
-            f"{table.address}: the table in it was begun in another way: {', '.join(changes)}. Repeat the first "
-            "command to go on with it, or choose another folder."
-        )
+        said = ", ".join(f"{name} was {then.get(name)!r} and is {value!r}" for name, value in changes.items())
+        cure = "Repeat the first command to go on with it, or choose another folder."
+        if all(name in ("inputs.files", "inputs.sha256", "inputs.folder") for name in changes):
+            cure += (
+                " With stored_inputs (--stored-inputs) it goes on with the list of inputs that it was begun with, in "
+                "which relative paths are meant from the current folder."
+            )
+        raise ValueError(f"{table.address}: the table in it was begun in another way: {said}. {cure}")
+
+
+def _is_relative(source: str | Path) -> bool:
+    return not is_address(str(source)) and not os.path.isabs(source)
 
 
 def _flatten(metadata: dict) -> dict:
@@ -274,7 +325,7 @@ def _flatten(metadata: dict) -> dict:
 
 
 class BrokenRecordingError(OSError):
-    """A recording cannot be embedded, and the settings are strict."""
+    """A recording cannot be embedded, and is not to be left out: the settings are strict, or the vectors not finite."""
 
 
 class Progress:
@@ -285,8 +336,13 @@ class Progress:
         every = 0.5 if sys.stderr.isatty() else 30.0  # s; a log is not to be filled with bars
         self.bar = tqdm(total=num_inputs, initial=done, unit="file", mininterval=every, miniters=0)
         self.began = time.perf_counter()
+        self.lock = threading.Lock()  # the thread that writes rows reports them
 
     def add(self, files: int = 0, clips: int = 0, seconds: float = 0.0, failed: int = 0):
+        with self.lock:
+            self._add(files, clips, seconds, failed)
+
+    def _add(self, files: int, clips: int, seconds: float, failed: int):
         self.clips, self.seconds, self.failed = self.clips + clips, self.seconds + seconds, self.failed + failed
         rates = self.rates()
         self.bar.set_postfix_str(
@@ -367,24 +423,45 @@ class Stages:
             written.result()
 
 
-def run_locally(stages: Stages, units: list[int], report: Callable):
+@contextlib.contextmanager
+def on_this_machine(settings: EmbedSettings) -> Iterator[tuple[EmbedSettings, Callable]]:
     """The engine for one machine: decoding in processes of their own, the encoder in this one."""
+    device, dtype = compute_on(settings)
+    yield replace(settings, device=device, bf16=dtype == "bfloat16"), run_locally
+
+
+def run_locally(stages: Stages, units: list[int], report: Callable):
     workers = stages.settings.workers
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with DecodingProcesses(workers) if workers else nullcontext() as executor:  # before torch has threads or a GPU
+    # Before torch has threads or a GPU.
+    with DecodingProcesses(workers) if workers else contextlib.nullcontext() as executor:
         encoder = Encoder(stages.settings)
         for unit, clips in itertools.groupby(stages.clips(units, executor, workers), key=itemgetter(0)):
             stages.write(unit, (clip for _, clip in clips), encoder, report)
 
 
-def engine(settings: EmbedSettings) -> Callable[[Stages, list[int], Callable], None]:
+def engine(settings: EmbedSettings) -> contextlib.AbstractContextManager[tuple[EmbedSettings, Callable]]:
+    """Where to run: the settings with the device and dtype there, and what runs units of `Stages` on it."""
     if settings.engine == "local":
-        return run_locally
+        return on_this_machine(settings)
     require("ray.data", "ray")
-    from bat_audio.tools.embed_ray import run_on_ray
+    from bat_audio.tools.embed_ray import on_ray
 
-    return run_on_ray
+    return on_ray(settings)
+
+
+def explain(error: Exception) -> str:
+    """One line about what stopped a run."""
+    if isinstance(error, OSError):
+        return str(error)
+    reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    if isinstance(error, MemoryError) or "memory" in reason:
+        reason += (
+            " A smaller batch_size (--batch-size) takes less memory; where there are shards already, begin another "
+            "table with it."
+        )
+    return reason
 
 
 def embed(settings: EmbedSettings) -> dict[str, float]:
@@ -396,33 +473,51 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
 
     Raises:
         ValueError: inputs, settings, and what the folder holds do not go together; nothing has been computed.
-        FileNotFoundError: an input is not there.
-        BrokenRecordingError: a recording is broken, and the settings are strict.
-        OSError: there are no weights, the table cannot be written, or a process was killed.
+        FileNotFoundError: an input or the checkpoint's file or folder is not there.
+        StartError: weights cannot be had, or the folder cannot be written or is in use by another run.
+        BrokenRecordingError: a recording is broken and the settings are strict, or embeddings are not finite.
+        OSError: the table cannot be written further, memory is lacking, or a process was killed.
         ImportError: soundfile, soxr, pyarrow or Ray is missing.
     """
     for library in ("soundfile", "soxr"):
         require(library, "embed")
-    run = engine(settings)
     sources = settings.inputs if isinstance(settings.inputs, list | tuple) else [settings.inputs]
-    dataset = read_dataset(sources, settings.split)
     table = Table(settings.out)
-    begin(settings, table, sources, dataset)
-    stages = Stages(settings, dataset)
-    plan, finished = stages.plan, table.finished_units()
-    if settings.retry:
-        finished = {unit for unit in finished if not table.read_footer(unit)["failed"]}
-    progress = Progress(plan.num_inputs, sum(map(plan.size, finished)))
-    with progress.bar:
+    if table.is_local and os.path.isfile(table.folder):
+        raise ValueError(f"{table.address}: a file; name a folder to write (--out).")
+    with contextlib.ExitStack() as stack:
+        settings, run = stack.enter_context(engine(settings))
         try:
-            if units := [unit for unit in range(plan.num_units) if unit not in finished]:
-                run(stages, units, progress.add)
-        except BrokenRecordingError:
+            dataset = read_dataset(sources, settings.split)
+            if not table.exists("metadata.json") and (others := table.other_files()):
+                raise ValueError(
+                    f"{table.address}: holds other files, such as {others[0]}, but no table to go on with."
+                )
+            stack.enter_context(table.lock())
+            begin(settings, table, sources, dataset)
+        except FileNotFoundError:
             raise
         except OSError as error:
-            done = f"{len(table.finished_units())} of {plan.num_units} shards are done"
-            raise OSError(f"{table.address}: {error} ({done}; the same command goes on from there)") from error
-    counts = table.finish(plan.num_units)
+            if error.errno in FULL_DISK:
+                raise OSError(f"{table.address}: {error} (nothing is lost; the same command goes on)") from error
+            raise StartError(str(error)) from error
+        stages = Stages(settings, dataset)
+        plan, finished = stages.plan, table.finished_units()
+        if settings.retry:
+            finished = {unit for unit in finished if not table.read_footer(unit)["failed"]}
+        progress = Progress(plan.num_inputs, sum(map(plan.size, finished)))
+        with progress.bar:
+            try:
+                if units := [unit for unit in range(plan.num_units) if unit not in finished]:
+                    run(stages, units, progress.add)
+                counts = table.finish(plan.num_units)
+            except BrokenRecordingError:
+                raise
+            except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, above all a lack of memory
+                done = f"{len(table.finished_units())} of {plan.num_units} shards are done"
+                raise OSError(
+                    f"{table.address}: {explain(error)} ({done}; the same command goes on from there)"
+                ) from error
     if settings.strict and counts["failed"]:
         raise BrokenRecordingError(
             f"{counts['failed']} recordings are broken; {table.address}/errors.parquet lists them."

@@ -1,20 +1,24 @@
 """What to embed: files, folders, globs, lists of files and datasets, as one list that is cut into units of work.
 
 `list_inputs` goes through them in an order that depends on their names alone. `write_plan` keeps the list in a Parquet
-file, one row group for each unit, so that neither the list nor the table of embeddings is ever in memory as a whole.
+file, one row group for each unit, so that neither the list nor the table of embeddings is ever in memory as a whole. To
+tell inputs that are named twice, a digest of each is: about 100 MB for a million.
 """
 
 import glob
 import hashlib
 import io
+import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 from fsspec.core import has_magic, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 from transformers.utils import logging
 
@@ -33,6 +37,7 @@ from bat_audio.tools.data import (
 
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
 FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
+BYTES_PER_SECOND = 100_000  # to guess what a part of a recording takes, about FLAC of CD quality
 UNIT_BYTES = 1 << 20  # times the files of a unit: a unit of long recordings has fewer of them
 SCHEMA = pa.schema(
     {
@@ -41,6 +46,7 @@ SCHEMA = pa.schema(
         "start": pa.float64(),
         "duration": pa.float64(),
         "row": pa.int64(),
+        "problem": pa.string(),
     }
 )
 
@@ -56,6 +62,7 @@ class Input:
         path: as it was given, or an address of fsspec; of a sound inside a dataset the dataset's name and the row.
         start, duration: the part, in seconds; a duration of None reaches to the end of the file.
         row: of the sound inside a dataset.
+        problem: why it cannot be embedded, where that is known before it is read.
     """
 
     id: str
@@ -63,11 +70,12 @@ class Input:
     start: float = 0.0
     duration: float | None = None
     row: int | None = None
+    problem: str | None = None
 
 
 def is_address(path: str) -> bool:
-    """Whether a path is one for fsspec, such as s3://bucket/sound.wav."""
-    return "://" in path or "::" in path
+    """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
+    return ("://" in path or "::" in path) and not os.path.lexists(path)
 
 
 def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Dataset", str] | None:  # noqa: F821
@@ -101,9 +109,9 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
 
     Args:
         sources: paths, globs and addresses; of folders the sounds in them, by their names, sorted folder by folder.
-            Hidden files are left out, and files that are no sounds by name with a warning. Lists are .txt files with a
-            path per line, and .csv or .parquet files with the column `path` and optionally `id`, and `start` and
-            `duration` in seconds; their paths are relative to the file itself.
+            Hidden files are left out, and files that are no sounds by name with a warning, in globs too. Lists are .txt
+            files with a path per line, and .csv or .parquet files with the column `path` and optionally `id`, and
+            `start` and `duration` in seconds; their paths are relative to the file itself.
         dataset: as of `read_dataset`; takes the place of the sources.
 
     Raises:
@@ -120,26 +128,50 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
         first = next(listed, None)
         if first is None:
             raise ValueError(f"{source}: no sounds in it. Name sound files, folders of them, or lists of them.")
-        yield first
-        yield from listed
+        for item, size in itertools.chain([first], listed):
+            yield _in_utf8(item), size
+
+
+def _in_utf8(item: Input) -> Input:
+    """Parquet cannot hold other names: they are escaped, so that the recording can be listed, but not opened."""
+    try:
+        item.path.encode()
+    except UnicodeEncodeError:
+        path = item.path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return Input(path, path, problem="Its name is not in UTF-8, as the column path has to be; rename it.")
+    return item
 
 
 def _of_source(source: str) -> Iterator[tuple[Input, int]]:
-    files, root = url_to_fs(source)
+    files, root = url_to_fs(source) if is_address(source) else (LocalFileSystem(), os.path.abspath(source))
     if has_magic(source) and not files.exists(root):
         if is_address(source):
             matches = [files.unstrip_protocol(match) for match in files.glob(root)]
         else:
             matches = glob.glob(source, recursive=True)
+        suffixes, skipped, first_skipped = sound_suffixes() | FFMPEG_SUFFIXES, 0, None
         for match in sorted(matches):
-            yield from _of_source(match)
+            if _suffix(match) in suffixes or files.isdir(match):
+                yield from _of_source(match)
+            else:
+                skipped, first_skipped = skipped + 1, first_skipped or match
+        _warn_of_skipped(source, skipped, first_skipped)
     elif files.isdir(root):
         for path, size in _of_folder(source):
             yield Input(path, path), size
     elif not files.exists(root):
         raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
     elif source.lower().endswith(LIST_SUFFIXES):
-        yield from ((item, _size(item.path)) for item in _of_list(source))
+        last = None
+        for item in _of_list(source):
+            if item.duration is not None:
+                size = round(item.duration * BYTES_PER_SECOND)
+            else:
+                size = 0 if item.path == last else _size(item.path)
+            yield item, size
+            last = item.path
+    elif _suffix(source) == ".tsv":
+        raise ValueError(f"{source}: lists are .txt, .csv with commas, or .parquet; convert it.")
     else:
         yield Input(source, source), _size(source)
 
@@ -149,19 +181,33 @@ def _of_folder(folder: str) -> Iterator[tuple[str, int]]:
     for parent, names in _walk(folder):
         for name in sorted(name for name in names if name[0] != "."):
             path = os.path.join(parent, name)
-            if os.path.splitext(name)[1].lower() in suffixes:
+            if _suffix(name) in suffixes:
                 yield path, _size(path) if names[name] is None else names[name]
             else:
                 skipped, first_skipped = skipped + 1, first_skipped or path
+    _warn_of_skipped(folder, skipped, first_skipped)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _warn_of_skipped(source: str, skipped: int, first: str | None):
     if skipped:
-        logger.warning(f"{folder}: {skipped} files are left out that are no sounds by name (first: {first_skipped}).")
+        logger.warning(f"{source}: {skipped} files are left out that are no sounds by name (first: {first}).")
 
 
 def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Each folder, in order, and the sizes of its files, where the listing tells them."""
     if not is_address(folder):
+        above = {folder: frozenset()}  # the folders around each one that is still to come
         for parent, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if name[0] != ".")
+            around = above.pop(parent) | {_identity(parent)}
+            visible = sorted(name for name in folders if name[0] != ".")
+            folders[:] = [name for name in visible if _identity(os.path.join(parent, name)) not in around]
+            for name in set(visible).difference(folders):
+                logger.warning(f"{os.path.join(parent, name)}: left out, a link to a folder around it.")
+            above.update((os.path.join(parent, name), around) for name in folders)
             yield parent, dict.fromkeys(names)
         return
     files, root = url_to_fs(folder)
@@ -170,6 +216,11 @@ def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
         folders.clear()
         folders.update(visible)
         yield files.unstrip_protocol(parent), {name: entry["size"] for name, entry in entries.items()}
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _size(path: str) -> int:
@@ -215,6 +266,18 @@ def _of_row(cells: dict, where: str, path: str, row: int | None = None) -> Input
     )
 
 
+def _plain(item: Input) -> Input:
+    """The same for inputs that are the same: ./x is x."""
+    if is_address(item.path) or "./" not in item.path:
+        return item
+    path = re.sub(r"(?<![^/])(\./+)+", "", item.path)
+    return replace(item, path=path, id=path if item.id == item.path else item.id)
+
+
+def _key(item: Input) -> bytes:
+    return hashlib.blake2b(repr(astuple(item)).encode(errors="surrogateescape"), digest_size=16).digest()
+
+
 def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dict:
     """Write the inputs to an open Parquet file, each once, cut into units of at most `unit_size` inputs.
 
@@ -228,12 +291,12 @@ def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dic
             writer.write_table(pa.Table.from_pylist([vars(item) for item in unit], SCHEMA))
 
         for item, size in inputs:
-            key = hashlib.blake2b(repr(astuple(item)).encode(errors="surrogateescape"), digest_size=16).digest()
+            key = _key(_plain(item))
             count += 1
             if key in seen:
                 continue
             seen.add(key)
-            digest.update(key)
+            digest.update(_key(item))
             if len(unit) == unit_size or unit_bytes >= unit_size * UNIT_BYTES:
                 write_unit()
                 unit, unit_bytes = [], 0

@@ -5,21 +5,36 @@ its units are done again elsewhere; a shard appears whole or not at all, so that
 """
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.block import BlockAccessor
 
-from bat_audio.tools.embed import BrokenRecordingError, Encoder, Stages, compute_on
+from bat_audio.tools.embed import (
+    BrokenRecordingError,
+    Encoder,
+    Stages,
+    compute_on,
+    explain,
+    file_digest,
+    read_config,
+)
+from bat_audio.tools.embed_decode import DecodingProcesses
 from bat_audio.tools.embed_settings import EmbedSettings
 
 CPUS_PER_ACTOR = 4  # at most, where nothing else is asked for
+# Of an actor that was killed, by the loss of its node or by a lack of memory, which could come back for ever. Retries
+# of a unit are not limited: Ray makes them at once, and would have used them up before it knows that a node is lost.
+RESTARTS = 10
 
 
 class UnitEmbedder:
@@ -27,17 +42,25 @@ class UnitEmbedder:
 
     Args:
         folder: from which relative paths are meant, where this node has it.
-        cpus: threads of the encoder on a CPU, and of decoding.
+        cpus: threads of the encoder on a CPU, and processes of decoding.
+        weights_sha256: of the table; a node may hold other weights under the same name.
     """
 
-    def __init__(self, settings: EmbedSettings, dataset: tuple | None, folder: str, cpus: int):
+    def __init__(self, settings: EmbedSettings, dataset: tuple | None, folder: str, cpus: int, weights_sha256: str):
         with contextlib.suppress(OSError):
             os.chdir(folder)
         torch.set_num_threads(cpus)
         self.workers = settings.workers or cpus
-        self.executor = ThreadPoolExecutor(self.workers)
-        self.stages = Stages(settings, dataset)
-        self.encoder = Encoder(settings)
+        self.executor = DecodingProcesses(self.workers)  # before torch has threads or a GPU
+        self.problem = None
+        try:
+            weights, _ = read_config(settings)
+            if file_digest(weights) != weights_sha256:
+                raise ValueError(f"{weights} holds other weights than the table was begun with.")
+            self.stages = Stages(settings, dataset)
+            self.encoder = Encoder(settings)
+        except (OSError, ValueError) as error:
+            self.problem = f"On the node {socket.gethostname()}: {error}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         """What was done of the unit in the batch: files, clips, seconds of sound, failed files, or an error."""
@@ -49,16 +72,39 @@ class UnitEmbedder:
 
         error, is_broken = "", False
         try:
+            if self.problem is not None:
+                raise OSError(self.problem)
             clips = self.stages.clips([unit], self.executor, self.workers)
             self.stages.write(unit, (clip for _, clip in clips), self.encoder, report)
-        except OSError as failure:  # which Ray would try for ever
-            error, is_broken = str(failure), isinstance(failure, BrokenRecordingError)
+        except (OSError, RuntimeError, MemoryError) as failure:  # of which Ray would make a traceback
+            error, is_broken = explain(failure), isinstance(failure, BrokenRecordingError)
         return {name: [value] for name, value in {**done, "error": error, "is_broken": is_broken}.items()}
 
 
-def run_on_ray(stages: Stages, units: list[int], report: Callable):
-    """Embed the units on the cluster that is connected, or else on the one of `ray_address`; errors as of `embed`."""
-    settings = stages.settings
+def room_for_actors(nodes: list[dict[str, float]], settings: EmbedSettings) -> tuple[int, float, int]:
+    """CPUs and GPUs of an actor, and how many actors the nodes have room for.
+
+    Args:
+        nodes: the resources of each; one without CPUs, as heads often are, takes no actor.
+    """
+    hosts = [node for node in nodes if node.get("CPU", 0) >= 1]
+    gpus = settings.gpus_per_actor
+    if gpus is None:
+        gpus = float(settings.device != "cpu" and any(node.get("GPU") for node in hosts))
+    hosts = [node for node in hosts if node.get("GPU", 0) >= gpus]
+    cpus = settings.cpus_per_actor or min([CPUS_PER_ACTOR, *(int(node["CPU"]) for node in hosts)])
+    most = sum(int(min(node["CPU"] / cpus, node["GPU"] / gpus if gpus else np.inf)) for node in hosts)
+    if not most:
+        raise ValueError(
+            f"No node of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs for an actor; set cpus_per_actor and "
+            "gpus_per_actor."
+        )
+    return cpus, gpus, most
+
+
+@contextlib.contextmanager
+def on_ray(settings: EmbedSettings) -> Iterator[tuple[EmbedSettings, Callable]]:
+    """The engine for the cluster that is connected, or else for the one of `ray_address`; errors as of `embed`."""
     is_guest = ray.is_initialized()
     if not is_guest:
         try:
@@ -67,39 +113,49 @@ def run_on_ray(stages: Stages, units: list[int], report: Callable):
             raise OSError(f"No Ray cluster at {settings.ray_address or 'RAY_ADDRESS'}: {error}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = settings.cpus_per_actor or min(CPUS_PER_ACTOR, *(int(node.get("CPU", 0)) or 1 for node in nodes))
-        gpus = settings.gpus_per_actor
-        if gpus is None:
-            gpus = float(settings.device != "cpu" and any(node.get("GPU") for node in nodes))
-        most = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else np.inf)) for node in nodes)
-        if not most:
-            raise ValueError(
-                f"No node of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs for an actor; set cpus_per_actor and "
-                "gpus_per_actor."
-            )
-        DataContext.get_current().enable_progress_bars = False  # the run has one
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
-        out = stages.table.files.unstrip_protocol(stages.table.folder)
-        done = dataset.map_batches(
-            UnitEmbedder,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(most, len(units))),
-            num_cpus=cpus,
-            num_gpus=gpus,
-            fn_constructor_args=(
-                replace(settings, inputs=None, out=out, bf16=compute_on(settings)[1] == "bfloat16"),
-                stages.dataset,
-                os.getcwd(),
-                cpus,
-            ),
-        )
-        for row in done.iter_rows():
-            if row["error"]:
-                raise (BrokenRecordingError if row["is_broken"] else OSError)(row["error"])
-            report(**{name: row[name] for name in ("files", "clips", "seconds", "failed")})
+        cpus, gpus, most = room_for_actors(nodes, settings)
+        sent = replace(settings, inputs=None)
+        if gpus:  # only there it can be told what the GPU is capable of
+            ask = ray.remote(compute_on).options(num_cpus=cpus, num_gpus=gpus)
+            device, dtype = ray.get(ask.remote(sent))
+        else:
+            device, dtype = compute_on(replace(sent, device="cpu" if settings.device == "auto" else settings.device))
+        run = partial(run_on_ray, cpus=cpus, gpus=gpus, most=most)
+        yield replace(settings, device=device, bf16=dtype == "bfloat16"), run
     except ray.exceptions.RayError as error:
         raise OSError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         if not is_guest:
             ray.shutdown()
+
+
+def run_on_ray(stages: Stages, units: list[int], report: Callable, *, cpus: int, gpus: float, most: int):
+    """Embed the units with at most so many actors, which have so many CPUs and GPUs each."""
+    DataContext.get_current().enable_progress_bars = False  # the run has one
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+    out = stages.table.files.unstrip_protocol(stages.table.folder)
+    weights_sha256 = stages.table.read_json("metadata.json")["weights_sha256"]
+    done = dataset.map_batches(
+        UnitEmbedder,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(most, len(units))),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=RESTARTS,
+        fn_constructor_args=(
+            replace(stages.settings, inputs=None, out=out),
+            stages.dataset,
+            os.getcwd(),
+            cpus,
+            weights_sha256,
+        ),
+    )
+    # Not by iter_rows, which reads ahead in threads: one that still did after an error and ray.shutdown would end this
+    # process without a word.
+    for bundle in done.iter_internal_ref_bundles():
+        blocks = map(BlockAccessor.for_block, ray.get(bundle.block_refs))
+        for row in itertools.chain.from_iterable(block.iter_rows(public_row_format=True) for block in blocks):
+            if row["error"]:
+                raise (BrokenRecordingError if row["is_broken"] else OSError)(row["error"])
+            report(**{name: row[name] for name in ("files", "clips", "seconds", "failed")})

@@ -1,5 +1,6 @@
 """Settings of `bat-audio embed`."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,9 +16,15 @@ def _free(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help, "is_free": True})
 
 
+class StartError(OSError):
+    """A run cannot begin: weights cannot be had, or the folder cannot be used. Nothing has been computed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
     """Everything that decides a run of `embed`. The command line has these options.
+
+    `out` may also be a Path, and `layers` a list of numbers.
 
     Raises:
         ValueError: options that exclude each other or are out of range.
@@ -33,10 +40,15 @@ class EmbedSettings:
     out: str = field(metadata={"is_free": True, "help": "Folder to write, or its address (s3://, gs://, hf://)."})
     checkpoint: str | None = _free(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
     revision: str | None = _free(None, "Commit, branch or tag of the encoder on the Hub.")
+    stored_inputs: bool = _free(
+        False, "Go on with the list of inputs that the table was begun with, whatever has come or gone since."
+    )
     split: str | None = _free(None, "Split of a dataset that has several.")
 
     segment: float | None = _option(None, f"Length of the windows, in seconds; default: {SEGMENT}.")
-    hop: float | None = _option(None, "From one window's start to the next one's, in seconds; default: the length.")
+    hop: float | None = _option(
+        None, "From one window's start to the next one's, in seconds; default: the length. More leaves gaps."
+    )
     whole: bool = _option(False, "One row per recording instead of windows; long ones run in chunks.")
     num_frames: int = _option(1024, "Frames of 10 ms that shorter clips are zero-padded to, a multiple of 16.")
     pool: str = _option("cls", f"What stands for a clip: {', '.join(POOLS)}. Padding does not count.")
@@ -51,13 +63,16 @@ class EmbedSettings:
     workers: int | None = _free(None, "Processes that decode and resample; default: one per core.")
     shard_size: int = _option(512, "Files of a shard, the most that an interrupted run has to do again.")
     strict: bool = _free(False, "Stop at the first broken file instead of listing it in errors.parquet.")
-    retry: bool = _free(False, "Do those shards again of which recordings were broken that are mended by now.")
+    retry: bool = _free(False, "Embed those shards again in which recordings were broken, once these are mended.")
     engine: str = _free("local", f"{' or '.join(ENGINES)}.")
     ray_address: str | None = _free(None, "Ray cluster to run on; default: RAY_ADDRESS, or one on this machine.")
     cpus_per_actor: int | None = _free(None, "Ray: cores of an actor, which holds an encoder; default: up to 4.")
     gpus_per_actor: float | None = _free(None, "Ray: GPUs of an actor; default: 1 where there are any.")
 
     def __post_init__(self):
+        object.__setattr__(self, "out", os.fspath(self.out))
+        if isinstance(self.layers, list | tuple):
+            object.__setattr__(self, "layers", ",".join(map(str, self.layers)))
         for name, known in (("pool", POOLS), ("engine", ENGINES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected {', '.join(known)}.")

@@ -4,6 +4,7 @@
     inputs.parquet                  the list of recordings, a row group for each unit of work
     embeddings/part-00000.parquet   the rows of unit 0, and in the file's footer what could not be embedded of it
     errors.parquet                  what could not be embedded of all units, written at the end
+    lock                            keeps other runs out, in a local folder
 
 A unit is done when its shard is there. Every file appears at once and whole, under its name; until then it is a hidden
 file in the folder. So the shards are the journal: whenever a run is killed, those that are there tell what is done.
@@ -15,6 +16,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,7 @@ from fsspec.core import url_to_fs
 from pyarrow import parquet
 
 from bat_audio.tools.embed_decode import Clip
+from bat_audio.tools.locking import lock
 
 PLACE = {"id": pa.string(), "path": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
 ERRORS = pa.schema({**PLACE, "error": pa.string()})
@@ -45,7 +48,8 @@ def row_schema(width: int, pool: str, layers: list[int], frames: bool, float16: 
 
 def vectors_array(values: np.ndarray, kind: pa.FixedSizeListType) -> pa.Array:
     """A column of the rows of (N, D)."""
-    values = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype())
+    with np.errstate(over="ignore"):  # values beyond float16 become infinite
+        values = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype())
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), kind.list_size)
 
 
@@ -71,9 +75,15 @@ class Table:
         except FileNotFoundError:
             return []
 
+    def lock(self) -> contextlib.AbstractContextManager:
+        """Keep other runs out; file systems of fsspec other than the local one know no locks."""
+        return lock(Path(self.folder)) if self.is_local else contextlib.nullcontext()
+
     def other_files(self) -> list[str]:
         """Besides what a run leaves that was killed before it wrote metadata.json."""
-        return [n for n in self.names() if n not in ("inputs.parquet", "embeddings") and not n.startswith(PARTIAL)]
+        own = ("inputs.parquet", "embeddings", "lock")
+        shards = [f"embeddings/{name}" for name in self.names("embeddings")]
+        return [name for name in self.names() if name not in own and not name.startswith(PARTIAL)] + shards
 
     def exists(self, name: str) -> bool:
         return self.files.exists(self.path(name))

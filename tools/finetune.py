@@ -12,20 +12,14 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock
-from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from torch.utils.data import Subset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from transformers.utils import logging
 
 from bat_audio.configuration_bat import BatConfig
@@ -49,23 +43,26 @@ from bat_audio.tools.data import (
     require,
     split_examples,
 )
+from bat_audio.tools.locking import lock
 from bat_audio.tools.recipes import FinetuneSettings
+from bat_audio.tools.training import (
+    BatTrainer,
+    claim,
+    last_whole_checkpoint,
+    parameter_groups,
+    read_config,
+    training_arguments,
+    training_folder,
+)
 
-FINAL_LEARNING_RATE = 1e-6  # where the cosine ends, for the head
 LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too
-WITHOUT_DECAY = ("block_attention", "prototype_vectors")
-WITHOUT_INFLUENCE = ("num_workers", "report_to", "gradient_checkpointing")  # on the result; may change for resuming
-LOCK_WAIT = 10  # s; the workers of a killed run hold its lock until they notice, after 5 s
 FEW = 0.1  # share of clips with none or several labels from which on they are no surprise
 
 logger = logging.get_logger(__name__)
 
 
-class BatTrainer(Trainer):
-    """Trainer for data in its own order, which is shuffled already, and with the exact validation loss."""
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+class FinetuneTrainer(BatTrainer):
+    """With the exact validation loss."""
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         # Trainer's mean is one of batches, whose last ones may be shorter or filled up with clips of another process.
@@ -99,9 +96,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     """
     settings = settings.with_preset()
     out = Path(settings.out)
-    work = out.with_name(f"{out.name}.training")
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; name another folder, or remove it.")
+    work = training_folder(out)
     for library in ("matplotlib.figure", "sklearn.metrics", *(["peft"] if settings.lora else [])):
         require(library)  # before the training, not at its end
 
@@ -138,7 +133,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     row = ClipDataset(
         train, *clips, augmentation=augmentation, epochs=math.ceil(num_items / len(train)), shuffle=True, **kinds
     )
-    trainer = BatTrainer(
+    trainer = FinetuneTrainer(
         model=_add_lora(model, settings.lora) if settings.lora else model,
         args=args,
         train_dataset=Subset(row, range(num_items)),  # no more, so that a run resumed at its end is at its end
@@ -148,11 +143,11 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     )
     groups = parameter_groups(trainer.model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
     trainer.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
-    with _lock(work) if args.process_index == 0 else contextlib.nullcontext():
+    with lock(work) if args.process_index == 0 else contextlib.nullcontext():
         with args.main_process_first(desc="claiming the training folder"):
             if args.process_index == 0:
-                _claim(work, settings, [train, validation])
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+                claim(work, settings, _describe_clips([train, validation]))
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         metrics = {name: metrics[name] for name in ("loss", "accuracy", "map", "f1") if name in metrics}
         if trainer.is_world_process_zero():
@@ -166,7 +161,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
 def build_model(settings: FinetuneSettings, labels: list[str], multi_label: bool) -> BatForClassification:
     """The encoder of the settings with a new head for these labels, frozen where they say so."""
     if settings.untrained:
-        config = BatConfig() if settings.config is None else BatConfig.from_json_file(settings.config)
+        config = BatConfig() if settings.config is None else read_config(settings.config)
         encoder = BatModel(config)
     else:
         encoder = load_pretrained_encoder(checkpoint=settings.checkpoint)
@@ -191,31 +186,6 @@ def build_model(settings: FinetuneSettings, labels: list[str], multi_label: bool
     if settings.freeze_encoder:
         model.freeze_base_model()
     return model
-
-
-def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
-) -> list[dict]:
-    """AdamW's groups of the trained parameters, by their depth and whether they decay.
-
-    The head learns with `learning_rate`, block i of L with `layer_decay ** (L - i)` of it, and the embeddings below
-    the blocks with the smallest share. Biases, norms, block weights and prototypes do not decay.
-    """
-    blocks = model.config.num_hidden_layers
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        block = re.search(r"\bblocks\.(\d+)\.", name)
-        depth = int(block[1]) + 1 if block else blocks + 1 if re.search(r"\bhead\.", name) else 0
-        decays = parameter.ndim > 1 and not any(part in name for part in WITHOUT_DECAY)
-        group = groups.setdefault((depth, decays), {
-            "params": [],
-            "lr": learning_rate * layer_decay ** (blocks + 1 - depth),
-            "weight_decay": weight_decay if decays else 0.0,
-        })  # fmt: skip
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -265,55 +235,30 @@ def _has_several_labels(examples: list[Example]) -> bool:
     return bool(odd)
 
 
+def _describe_clips(data: list[list[Example]]) -> str:
+    clips = [[(str(e.source), e.labels, e.start, e.duration, e.events) for e in examples] for examples in data]
+    return f"{sum(map(len, data))} of digest {hashlib.sha256(repr(clips).encode()).hexdigest()[:12]}"
+
+
 def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, metric: str) -> TrainingArguments:
-    loggers, report_to = get_available_reporting_integrations(), settings.report_to.replace(" ", "").split(",")
-    if report_to not in (["none"], ["all"]) and not set(report_to) <= set(loggers):
-        raise ValueError(
-            f"report_to={settings.report_to!r} is not installed; there are {', '.join(loggers)}, several of them with "
-            "commas, or all or none."
-        )
     steps = settings.steps
     if settings.epochs is not None:
         steps = max(1, round(settings.epochs * num_clips / settings.batch_size))
     eval_every = settings.eval_every or max(1, steps // 20)
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if settings.bf16 is not None:  # Trainer listens to this variable too, and in Transformers 4 sets it for all runs
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
-    args = TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": min(1.0, FINAL_LEARNING_RATE / settings.learning_rate)},
-        warmup_steps=round(settings.warmup * steps),
-        bf16=has_bf16 if settings.bf16 is None else settings.bf16,
+    return training_arguments(
+        settings,
+        work,
+        steps,
+        save_every=eval_every,
+        log_every=max(1, eval_every // 5),
         eval_strategy="steps",
         eval_steps=eval_every,
-        save_strategy="steps",
-        save_steps=eval_every,
         save_total_limit=2,  # the best and the last, from which even a finished run can go on
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,
-        logging_steps=max(1, eval_every // 5),
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=settings.num_workers,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
         label_names=["labels"],
-        report_to=report_to,
-        seed=settings.seed,
-        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
-    shares = args.world_size * max(1, args.n_gpu) * settings.gradient_accumulation
-    if settings.batch_size % shares:
-        raise ValueError(
-            f"batch_size={settings.batch_size} must be a multiple of {shares}: {args.world_size} processes with "
-            f"{max(1, args.n_gpu)} devices each, times gradient_accumulation={settings.gradient_accumulation}."
-        )
-    args.per_device_train_batch_size = args.per_device_eval_batch_size = settings.batch_size // shares
-    return args
 
 
 def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
@@ -321,68 +266,6 @@ def _add_lora(model: BatForClassification, rank: int) -> torch.nn.Module:
 
     targets = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=["head"])
     return get_peft_model(model, targets)
-
-
-@contextlib.contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    """Keep other runs out of the training folder."""
-    work.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(WeakFileLock(work / "lock", timeout=LOCK_WAIT))
-        except Timeout as error:
-            raise OSError(f"{work} is in use by another run; let that end, or name another folder to write.") from error
-        yield
-
-
-def _claim(work: Path, settings: FinetuneSettings, data: list[list[Example]]):
-    """Note the settings in the training folder, or refuse a folder with checkpoints of other settings or data."""
-    facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
-    clips = [[(str(e.source), e.labels, e.start, e.duration, e.events) for e in examples] for examples in data]
-    facts["clips"] = f"{sum(map(len, data))} of digest {hashlib.sha256(repr(clips).encode()).hexdigest()[:12]}"
-    facts = json.loads(json.dumps(facts, default=str))
-    notes = work / "settings.json"
-    if _last_whole_checkpoint(work):
-        begun = json.loads(notes.read_text())
-        others = [
-            f"{name}={begun.get(name)!r}, now {facts[name]!r}"
-            for name in facts
-            if name not in WITHOUT_INFLUENCE and begun.get(name) != facts[name]
-        ]
-        if others:
-            raise ValueError(
-                f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
-                "that folder to begin anew."
-            )
-    partial = notes.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2))
-    os.replace(partial, notes)
-
-
-def _last_whole_checkpoint(work: Path) -> str | None:
-    """The checkpoint to go on from, of those that all processes wrote to the end."""
-    notes = work / "settings.json"
-    if not notes.is_file():
-        return None
-    begun = json.loads(notes.read_text())
-    clips_at_once = begun["batch_size"] // begun["gradient_accumulation"]
-    checkpoints = {
-        int(folder.name.rpartition("-")[2]): folder
-        for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _is_whole(folder, clips_at_once)
-    }
-    return str(checkpoints[max(checkpoints)]) if checkpoints else None
-
-
-def _is_whole(checkpoint: Path, clips_at_once: int) -> bool:
-    """Whether a checkpoint was not cut off by a kill or a full disk; `clips_at_once` over all of its processes."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    processes = clips_at_once // state["train_batch_size"]  # which may be others now
-    states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))  # as torch.save writes them
 
 
 def _write_folder(

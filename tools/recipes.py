@@ -1,4 +1,4 @@
-"""Settings of fine-tuning and probing, with the authors' own as presets (paper, section 4)."""
+"""Settings of fine-tuning, probing (paper, section 4) and pre-training, with the authors' own as presets."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,15 +119,14 @@ class FinetuneSettings:
             )
         if self.frames and self.multi_label is False:
             raise ValueError("frames takes any number of classes at each step, or none; leave multi_label out.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup} is a share of the steps, from 0 to 1.")
-        positive = ("batch_size", "gradient_accumulation", "steps", "epochs", "eval_every", "num_frames")
-        for name in (*positive, "learning_rate", "layer_decay"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("weight_decay", "num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be below 0.")
+        _check_ranges(
+            self,
+            positive=(
+                *("batch_size", "gradient_accumulation", "steps", "epochs", "eval_every", "num_frames"),
+                *("learning_rate", "layer_decay"),
+            ),
+            not_negative=("weight_decay", "num_workers", "seed"),
+        )
         if self.beta2 is not None and not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2={self.beta2} must be from 0 to below 1.")
 
@@ -137,3 +136,86 @@ class FinetuneSettings:
         if self.epochs is not None:
             del preset["steps"]
         return replace(self, **preset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """Everything that decides a run of `pretrain`; the defaults are the authors'. The command line has these options.
+
+    Raises:
+        ValueError: options that exclude each other or are out of range.
+    """
+
+    data: Any = field(
+        metadata={
+            "help": "A file, folder, glob in quotes, .txt, .csv or .parquet list, or dataset; --data again for more."
+        }
+    )
+    out: str = field(metadata={"help": "Folder to write the encoder to; must not exist."})
+    split: str | None = _option(None, "Split of a dataset.")
+    init: str | None = _option(
+        None, "Encoder to go on from: folder, .safetensors or Hub name; default: random weights."
+    )
+    config: str | None = _option(None, "config.json of a new encoder; default: the published size.")
+    skip_broken: bool = _option(False, "Leave out sounds that cannot be read; they are listed in OUT.training.")
+
+    clip_seconds: float | None = _option(
+        None,
+        "Longest stretch of a recording that is a clip; default: 10, or the encoder's input where that is shorter.",
+    )
+    views: int = _option(16, "Masks of each clip, which share one target.")
+    keep: float = _option(0.2, "Share of a clip's patches that the student sees.")
+    mask_block: int = _option(5, "Side of the blocks of patches that it sees, an odd number.")
+    decoder_blocks: int = _option(6, "Blocks of the decoder.")
+
+    steps: int = _option(400_000, "Optimiser steps.")
+    batch_size: int = _option(24, "Clips of one optimiser step, over all processes.")
+    gradient_accumulation: int = _option(1, "Parts in which a process handles its share of a batch.")
+    learning_rate: float = _option(5e-4, "Peak learning rate.")
+    warmup: float = _option(0.1325, "Share of the steps with a rising learning rate; then it falls as a cosine.")
+    weight_decay: float = _option(0.05, "Not applied to biases and norms.")
+    beta2: float = _option(0.95, "Second beta of AdamW.")
+    max_grad_norm: float = _option(0.0, "Norm to which gradients are clipped; 0: not at all.")
+    ema_decay: float = _option(0.9998, "Share of the teacher that a step keeps, at the start.")
+    ema_final_decay: float = _option(0.99999, "The same from step --ema-steps on; rises linearly in between.")
+    ema_steps: int = _option(100_000, "See --ema-final-decay.")
+
+    bf16: bool | None = _option(None, "bfloat16 autocast; default: on GPUs that have it.")
+    compile: bool = _option(False, "Compile the blocks.")
+    gradient_checkpointing: bool = _option(False, "Compute activations again in the backward pass, to save memory.")
+    num_workers: int = _option(4, "Processes that read and decode sound files, for each training process.")
+    log_every: int = _option(100, "Steps between the lines of the log.")
+    save_every: int = _option(5000, "Steps between checkpoints.")
+    save_total_limit: int = _option(2, "How many checkpoints to keep, the last ones.")
+    seed: int = _option(0, "Of the new weights, the order of the clips, their stretches and their masks.")
+    report_to: str = _option(
+        "tensorboard", "Where Trainer logs: tensorboard, wandb, ..., several with commas, or none."
+    )
+
+    def __post_init__(self):
+        if self.init and self.config:
+            raise ValueError("config belongs to a new encoder; that of init has its own.")
+        if self.mask_block < 1 or self.mask_block % 2 == 0:
+            raise ValueError(f"mask_block={self.mask_block} must be an odd number.")
+        for name in ("keep", "ema_decay", "ema_final_decay", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1.")
+        _check_ranges(
+            self,
+            positive=(
+                *("clip_seconds", "views", "decoder_blocks", "steps", "batch_size", "gradient_accumulation"),
+                *("learning_rate", "ema_steps", "log_every", "save_every", "save_total_limit"),
+            ),
+            not_negative=("weight_decay", "max_grad_norm", "num_workers", "seed"),
+        )
+
+
+def _check_ranges(settings: FinetuneSettings | PretrainSettings, positive: tuple[str, ...], not_negative: tuple):
+    if not 0 <= settings.warmup <= 1:
+        raise ValueError(f"warmup={settings.warmup} is a share of the steps, from 0 to 1.")
+    for name in positive:
+        if getattr(settings, name) is not None and getattr(settings, name) <= 0:
+            raise ValueError(f"{name}={getattr(settings, name)} must be above 0.")
+    for name in not_negative:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name}={getattr(settings, name)} must not be below 0.")

@@ -20,6 +20,7 @@ from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
 from bat_audio.tools.data import pick_device, require
+from bat_audio.tools.embed_decode import load_any
 
 FORMATS = (".png", ".pdf", ".svg")
 DPI = 120  # also of what PDF and SVG hold as pixels
@@ -145,7 +146,7 @@ def draw(
 
     places, samples = outline(view.waveform)
     panels[0].plot(start + places / config.sample_rate, samples, color="#0072B2", linewidth=0.6)
-    panels[0].set_title(f"Waveform of {name}")
+    panels[0].set_title(f"Waveform of {name}", parse_math=False)  # two $ in a name are no formula
     panels[0].set_ylabel("Amplitude")
     panels[0].grid(alpha=0.3)
     keys[0].set_axis_off()
@@ -198,7 +199,7 @@ def show(
     is taken as long as it is, not padded to 10.24 s, and in chunks of that length where it is longer.
 
     Args:
-        source: sound file of any rate and format that `load_audio` reads.
+        source: sound file of any rate and format that `bat-audio embed` reads.
         out: .png, .pdf or .svg; replaced if it is there.
         checkpoint, untrained: the weights, as in `load_pretrained_encoder`.
         device: to encode on, such as cuda:1; "auto" for a GPU where there is one, and else the CPU.
@@ -225,7 +226,7 @@ def show(
     wrong = [head for head in heads or () if not 1 <= head <= config.num_attention_heads]
     if wrong:
         raise ValueError(f"heads={wrong}: each block has the heads 1 to {config.num_attention_heads}.")
-    waveform = BatFeatureExtractor.from_model_config(config).load_audio(source, start, duration)
+    waveform = load_any(str(source), start, duration, config.sample_rate)
     view = look(model, waveform, block)
     figure = draw(view, config, name=Path(source).name, block=block, heads=heads, start=start)
     if untrained:

@@ -7,6 +7,8 @@ Shapes: D width of the embeddings.
 """
 
 import json
+import math
+import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,15 +18,18 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from pyarrow import parquet
 from torch import nn
+from transformers.utils import logging
 
-from bat_audio.load_model import load_pretrained_encoder
-from bat_audio.modeling_bat import BatModel
-from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import pick_device
-from bat_audio.tools.embed_settings import POOLS
+from bat_audio.tools.embed import Encoder, file_digest, read_config
+from bat_audio.tools.embed_decode import Clip, load_any, opened
+from bat_audio.tools.embed_inputs import Input, Plan, is_address
+from bat_audio.tools.embed_settings import EmbedSettings
 
 PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
+LONG_QUERY = 1.5  # times the table's segment, from where a whole recording is hardly comparable with its parts
 BATCH_ROWS = 4096  # read and compared at once
+
+logger = logging.get_logger(__name__)
 
 
 def similar(
@@ -43,7 +48,7 @@ def similar(
     which metadata.json names. With `start` and `duration` it can be a part as long as the table's segments.
 
     Args:
-        query: sound file of any rate and format that `load_audio` reads.
+        query: sound file of any rate and format that `bat-audio embed` reads.
         table: folder of `bat-audio embed`, or its address, such as s3://bucket/folder.
         k: most rows to give.
         checkpoint: where the table's checkpoint lies now, if not where metadata.json says.
@@ -51,47 +56,56 @@ def similar(
         start, duration: the part of the recording, in seconds; a duration of None reaches to its end.
 
     Raises:
-        ValueError: an unreadable recording, a checkpoint whose embeddings have another width, or as in `nearest_rows`.
+        ValueError: an unreadable recording, another checkpoint than the table's, or as in `nearest_rows`.
         OSError: no recording, table or weights.
         ImportError: soundfile or soxr is missing.
     """
+    if not is_address(str(query)) and (not os.path.exists(query) or os.path.isdir(query)):
+        raise FileNotFoundError(f"{query}: no such file; name a recording, and then the table to search.")
     files, folder = url_to_fs(str(table))
-    _find_shards(files, folder)  # what is wrong with the table shows before the work
+    _check_finished(files, folder, len(_find_shards(files, folder)))  # what is wrong shows before the work
     metadata_file = f"{folder}/metadata.json"
     try:
         metadata = json.loads(files.cat_file(metadata_file))
-        named, commit, settings = metadata["checkpoint"], metadata["commit"], metadata["settings"]
-        pool, num_frames = settings["pool"], settings["num_frames"]
+        named, commit, digest = metadata["checkpoint"], metadata["commit"], metadata["weights_sha256"]
+        pool, num_frames = (metadata["settings"][name] for name in ("pool", "num_frames"))
+        segment = metadata["settings"].get("segment") or math.inf  # of whole recordings
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{metadata_file} does not tell checkpoint, commit and settings ({type(error).__name__}: {error}), so the "
-            "recording cannot be embedded alike. Name a folder of bat-audio embed."
+            f"{metadata_file} does not tell checkpoint, commit, digest and settings ({type(error).__name__}: {error}), "
+            "so the recording cannot be embedded alike. Name a folder of bat-audio embed."
         ) from error
-    if pool not in POOLS:
-        raise ValueError(f"{metadata_file}: pool={pool!r} is not known; expected {', '.join(POOLS)}.")
-    is_named = checkpoint is None
-    model = load_pretrained_encoder(
-        pick_device(device),
-        checkpoint=named if is_named else checkpoint,
-        revision=commit if is_named else None,
+    if checkpoint is None:
+        checkpoint, revision = named, commit
+    else:
+        checkpoint, revision = str(checkpoint), None
+    settings = EmbedSettings(
+        inputs=[str(query)],
+        out=str(table),
+        checkpoint=checkpoint,
+        revision=revision,
+        whole=True,
+        pool=pool,
+        num_frames=num_frames,
+        device=device,
+        bf16=False,
     )
-    waveform = BatFeatureExtractor.from_model_config(model.config).load_audio(query, start, duration)
-    return nearest_rows(embed(model, waveform, pool, num_frames), table, k)
-
-
-@torch.inference_mode()
-def embed(model: BatModel, waveform: torch.Tensor, pool: str, num_frames: int) -> torch.Tensor:
-    """One embedding (D,) of a recording (samples,): "cls", "mean" over the patches that hold sound, or both in a row.
-
-    Shorter features are zero-padded to `num_frames`; what is longer than a chunk of the model runs in several.
-    """
-    config = model.config
-    processor = BatFeatureExtractor.from_model_config(config).processor
-    num_patches = -(-len(waveform) // (config.patch_size[0] * config.hop_length))
-    frames = max(num_patches * config.patch_size[0], num_frames)
-    output = model(fit_frames(processor.log_mel(waveform), frames).to(model.device))
-    cls, mean = output.pooler_output[0], output.patch_tokens[0, :, :num_patches].mean(dim=(1, 2))
-    return {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean])}[pool].float().cpu()
+    weights, config = read_config(settings)
+    if file_digest(weights) != digest:
+        raise ValueError(
+            f"{weights} holds other weights than those that {metadata_file} names by their SHA-256, {digest}, so its "
+            "embeddings cannot be compared. Name the table's own checkpoint (--checkpoint)."
+        )
+    with opened(str(query), None) as source:
+        samples = load_any(source, start, duration, config.sample_rate).numpy()
+    seconds = len(samples) / config.sample_rate
+    if seconds > LONG_QUERY * segment:
+        logger.warning(
+            f"{query}: {seconds:.1f} s get one embedding, which is compared with parts of {segment:g} s; for a part of "
+            "the recording say start and duration (--start, --duration)."
+        )
+    clip = Clip(Input(str(query), str(query)), start, None, samples)
+    return nearest_rows(Encoder(settings)([clip])[0]["embedding"].cpu(), table, k)
 
 
 def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[dict]:
@@ -140,6 +154,20 @@ def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
     if not shards:
         raise FileNotFoundError(f"{folder} holds no part-*.parquet; name a folder that bat-audio embed has written.")
     return shards
+
+
+def _check_finished(files: AbstractFileSystem, folder: str, shards: int):
+    """Warn of a table that lacks shards of its plan."""
+    plan = f"{folder}/inputs.parquet"
+    if not files.exists(plan):  # a folder of shards only
+        return
+    with files.open(plan, "rb") as content:
+        units = Plan(content).num_units
+    if shards < units:
+        logger.warning(
+            f"{folder}: {shards} of {units} shards are there, and only these are searched. Repeat the command of "
+            "bat-audio embed to finish the table."
+        )
 
 
 def _check_columns(shard: str, schema: pa.Schema, width: int):

@@ -1,0 +1,136 @@
+"""BAT-tiny: what is shipped is what was judged, hears more than an untrained network, and can be made anew."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import THREADS, assert_same_weights
+from safetensors.torch import load_file
+from speech_commands import make_speech_commands
+from threadpoolctl import threadpool_limits
+
+from bat_audio import BatModel, load_pretrained_encoder
+from bat_audio.load_model import load_audio_processor
+from bat_audio.tools import bat_tiny
+from bat_audio.tools.bat_tiny_sounds import SCENES
+from bat_audio.tools.demo import BAT_TINY, EXAMPLES, similarities, time_statistics
+
+RESULTS = json.loads((BAT_TINY / "results.json").read_text())
+# Percentage points by which the shipped model is at least better than both others, by task and method.
+MARGINS = {
+    "instrument_family": {"5 nearest neighbours": 2, "linear probe": 2},
+    "recorded_language": {"5 nearest neighbours": 5, "linear probe": 0.5},
+    "sound_source": {"5 nearest neighbours": 5, "linear probe": 2},
+    "spoken_word": {"5 nearest neighbours": 6, "linear probe": 17},
+}
+
+
+def test_shipped_model_is_small_and_loads_in_float32():
+    files = [file for file in BAT_TINY.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 8e6
+    model, stored = load_pretrained_encoder(checkpoint=BAT_TINY), load_file(BAT_TINY / "model.safetensors")
+    assert model.num_parameters() < 3e6
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert model.dtype == torch.float32
+    assert_same_weights(model.state_dict(), {name: weight.float() for name, weight in stored.items()})
+
+
+def test_shipped_results_are_better_by_the_margins():
+    assert MARGINS.keys() == RESULTS["frozen"].keys()
+    for task, least in MARGINS.items():
+        margins = bat_tiny.margins(RESULTS["frozen"][task])
+        assert margins.keys() == least.keys()
+        assert all(margins[method] > least[method] for method in least), (task, margins)
+
+
+def test_card_has_the_results():
+    card = (BAT_TINY / "README.md").read_text()
+    for task, rows in RESULTS["frozen"].items():
+        for name, scores in rows.items():
+            cells = " | ".join(bat_tiny.percentages(scores))
+            assert f"| {task} | {name} | {cells} |".replace("_", r"\_") in card
+    for task, scores in RESULTS["heads"].items():
+        assert f"| {task} | {' | '.join(bat_tiny.percentages(scores))} |".replace("_", r"\_") in card
+    assert (BAT_TINY / "plots" / "pretraining.png").exists()
+
+
+def test_speech_is_more_like_speech_than_untrained_or_by_the_features():
+    """In the demo, whose two voices speak different languages, one of them over a telephone."""
+    english, french = (EXAMPLES / name for name in ("speech_en_8k.wav", "speech_fr_16k.flac"))
+    others = sorted(set(EXAMPLES.glob("*_*k.*")) - {english, french})
+    model, processor = load_pretrained_encoder(checkpoint=BAT_TINY), load_audio_processor(num_frames=None)
+    cosines = similarities(model, [english, french, *others])
+    assert cosines[0, 1:].argmax() == 0
+    torch.manual_seed(0)
+    untrained = similarities(BatModel(model.config).eval(), [english, french, *others])
+    features = torch.stack(
+        [time_statistics(processor.log_mel(processor.load_audio(file))[0, 0]) for file in (english, french, *others)]
+    )
+    features = torch.nn.functional.normalize(features - features.mean(dim=0), dim=1)
+    assert cosines[0, 1] > max(untrained[0, 1], features[0] @ features[1]) + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="the program espeak-ng speaks the words")
+def test_words_are_told_apart_better_than_without_training(tmp_path):
+    """Other words, voices and noise than it was judged on."""
+    make_speech_commands(tmp_path / "tasks" / "words", train_utterances=15, test_utterances=15)
+    bat_tiny.initial_encoder(tmp_path / "tasks" / "words" / "train").save_pretrained(tmp_path / "initial")
+    encoders = {"BAT-tiny": BAT_TINY, "untrained": tmp_path / "initial"}
+    with threadpool_limits(THREADS):
+        results = bat_tiny.evaluate(encoders, tmp_path / "tasks")["words"]
+    margins = bat_tiny.margins(results)
+    assert margins["5 nearest neighbours"] > 2
+    assert margins["linear probe"] > 5
+
+
+@pytest.mark.slow
+def test_build_makes_what_is_missing(tmp_path, monkeypatch):
+    """All of it, with two steps, on sounds of two classes; what is there is not made again."""
+    made = []
+    monkeypatch.setattr(bat_tiny, "make_sounds", lambda folder: made.append(folder) or make_tones(folder))
+    monkeypatch.setattr(bat_tiny, "RECIPE", {**bat_tiny.RECIPE, "steps": 2, "batch_size": 2, "report_to": "none"})
+    monkeypatch.setattr(bat_tiny, "PROBE", {**bat_tiny.PROBE, "steps": 2, "eval_every": 2, "report_to": "none"})
+    work = tmp_path / "build"
+    bat_tiny.build(work)
+    encoder, model = BatModel.from_pretrained(work / "encoder"), BatModel.from_pretrained(work / "model")
+    assert_same_weights(model.state_dict(), encoder.half().float().state_dict())
+    assert {weight.dtype for weight in load_file(work / "model" / "model.safetensors").values()} == {torch.float16}
+    assert load_pretrained_encoder(checkpoint=work / "model").dtype == torch.float32
+    assert model.num_parameters() < 3e6
+    assert sum(file.stat().st_size for file in (work / "model").rglob("*") if file.is_file()) < 8e6
+    results = json.loads((work / "model" / "results.json").read_text())
+    assert set(results["frozen"]["pitch"]) == {"BAT-tiny", "untrained", "log-mel"}
+    assert set(results["heads"]["pitch"]) == set(bat_tiny.HEADS)
+    assert results["frozen"]["pitch"]["log-mel"] == {"5 nearest neighbours": 1.0, "linear probe": 1.0}
+    card = (work / "model" / "README.md").read_text()
+    for name, scores in results["frozen"]["pitch"].items():
+        assert f"| pitch | {name} | {' | '.join(bat_tiny.percentages(scores))} |" in card
+    assert f"| pitch | {' | '.join(bat_tiny.percentages(results['heads']['pitch']))} |" in card
+    assert (work / "model" / "plots" / "pretraining.png").exists()
+    shutil.rmtree(work / "model")
+    before = (work / "encoder" / "model.safetensors").stat().st_mtime_ns
+    bat_tiny.build(work)
+    assert made == [work / "sounds"]
+    assert (work / "encoder" / "model.safetensors").stat().st_mtime_ns == before
+    assert json.loads((work / "model" / "results.json").read_text()) == results
+
+
+def make_tones(folder: Path):
+    """A low and a high tone in noise, as the task of `make_sounds`' layout."""
+    rng = np.random.default_rng(0)
+    time = np.arange(16000) / 16000
+    for part in (*(f"pretrain/{kind}" for kind in SCENES), "tasks/pitch/train", "tasks/pitch/test"):
+        for label, frequency in (("low", 300), ("high", 3000)):
+            (folder / part / label).mkdir(parents=True)
+            for number in range(6):
+                sound = 0.5 * np.sin(2 * np.pi * frequency * time) + 0.01 * rng.standard_normal(len(time))
+                soundfile.write(folder / part / label / f"{number}.flac", sound, 16000)
+    packages = {"sounds": {"version": "1.0", "taken": "tones", "licences": ["CC0"]}}
+    parts = {f"pretrain/{kind}": {"files": 12, "seconds": 12.0} for kind in ("tones", *SCENES)}
+    sources = {"packages": packages, "parts": parts}
+    (folder / "sources.json").write_text(json.dumps(sources))

@@ -1,0 +1,310 @@
+"""BAT-tiny, a small encoder for demonstrations: made from nothing, and judged on held-out sounds.
+
+    python -m bat_audio.tools.bat_tiny build/bat-tiny
+
+makes the sounds, pre-trains on them, and writes the model with its card and results.json to build/bat-tiny/model. What
+is there already is not made again, so that a stopped build goes on. Needs the extras `train` and `tiny`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bat_audio import BatConfig, BatModel
+from bat_audio.load_model import load_audio_processor, load_pretrained_encoder
+from bat_audio.processing_bat import BatAudioProcessor, load_audio
+from bat_audio.tools.bat_tiny_sounds import SCENES, make_sounds
+from bat_audio.tools.card import table
+from bat_audio.tools.data import read_examples, require
+from bat_audio.tools.demo import patch_frames, time_statistics
+from bat_audio.tools.finetune import finetune
+from bat_audio.tools.pretrain import pretrain
+from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
+
+# 1.3 million parameters; 2.56 s of sound at a time.
+CONFIG = {
+    "input_shape": [256, 128],
+    "chunk_time_patches": 16,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+}
+PIECES = 400  # sounds of which the patch projection is made
+# Smaller in all than the authors' settings, for an hour or two on a CPU.
+RECIPE = {
+    "steps": 6300,
+    "views": 4,
+    "keep": 0.25,
+    "mask_block": 3,
+    "decoder_blocks": 1,
+    "batch_size": 16,
+    "learning_rate": 1.2e-3,
+    "warmup": 0.04,
+    "ema_decay": 0.999,
+    "ema_final_decay": 0.9998,
+    "ema_steps": 6300,
+    "num_workers": 1,
+    "log_every": 50,
+    "save_every": 500,
+}
+SPLITS = ("train", "test")
+NEIGHBOURS = 5
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation that the linear probe chooses from
+HEADS = ("linear", "cgp")
+PROBE = {
+    "preset": "probe",
+    "head_pooling": "mean",
+    "steps": 200,
+    "eval_every": 200,
+    "num_frames": 256,
+    "num_prototypes": 500,
+}
+CARD = """\
+# BAT-tiny
+
+A small demonstration model: a [BAT](https://arxiv.org/abs/2602.16305) (Better Audio Transformer) encoder of
+{parameters:,} parameters, pre-trained by masked latent regression for {steps:,} steps on {hours:.1f} hours of
+sounds that any Debian machine can make. It turns every 2.56 s of sound into 128 patch tokens and an embedding of
+width {width}.
+
+**It is** for demonstrations, tests and benchmarks that want trained weights without a download. **It is not** the
+published BAT, nor a small version of it: that one has heard thousands of hours of real sounds, this one a few, most
+of them synthesised, and its figures say nothing about the published model. Take an encoder trained on real
+recordings for real work.
+
+```python
+from bat_audio import load_pretrained_encoder
+
+model = load_pretrained_encoder(checkpoint="examples/bat-tiny")
+```
+
+The weights are stored in float16, in which they were judged, and loaded in float32. `bat-audio publish FOLDER
+NAMESPACE/NAME` makes a repository of it that loads with `trust_remote_code`. From nothing, in a few hours on two CPU
+cores:
+
+```bash
+python -m bat_audio.tools.bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
+```
+
+## Results
+
+Accuracy on held-out sounds: voices, instruments and recordings of a task's test part are neither in its training
+part nor in the pre-training, which had no labels; except in `recorded_language`, where the recordings are others but
+every language has one speaker, whose voice gives it away. The encoder is frozen; its patch tokens are averaged over the
+blocks, and of every mel band the mean and standard deviation over time are taken. Untrained: the same of the network
+with the weights that its training began with. Log-mel: the same of the features. Neighbours are the nearest by cosine
+of standardised values.
+
+{results}
+
+Percentage points by which BAT-tiny is above the better of the two others:
+
+{margins}
+
+Heads trained on the frozen encoder for {probe_steps} steps by `bat-audio finetune --preset probe --head-pooling mean`,
+with inputs of {num_frames} frames: linear on the last block, and cgp, convex gated probing of all blocks, with
+{num_prototypes} prototypes:
+
+{heads}
+
+## Sounds
+
+Made by `python -m bat_audio.tools.bat_tiny_sounds` of these Debian packages, which keep their licences; the sounds
+do not come with the model. Some of the sounds in the repository's `examples/` are among them.
+
+{packages}
+
+{training}"""
+
+
+def build(work: Path):
+    """Make everything in the folder `work`: `sounds`, the pre-trained `encoder`, and the `model` to ship."""
+    work.mkdir(parents=True, exist_ok=True)
+    sounds, initial, encoder, model = (work / name for name in ("sounds", "initial", "encoder", "model"))
+    if not sounds.exists():
+        make_sounds(sounds)
+    if not initial.exists():
+        begun = work / "initial.partial"
+        initial_encoder(sounds / "pretrain").save_pretrained(begun)
+        begun.replace(initial)
+    if not encoder.exists():
+        data = [str(sounds / "pretrain" / kind) for kind in SCENES]
+        pretrain(PretrainSettings(data=data, out=str(encoder), init=str(initial), **RECIPE))
+    if not model.exists():
+        shipped = work / "model.partial"
+        store(encoder, shipped)
+        results = evaluate({"BAT-tiny": shipped, "untrained": initial}, sounds / "tasks")
+        heads = probe(shipped, sounds / "tasks", work / "probes")
+        describe(shipped, encoder, results, heads, json.loads((sounds / "sources.json").read_text()))
+        shipped.replace(model)
+
+
+def initial_encoder(sounds: Path) -> BatModel:
+    """Random weights, but for a patch projection that fits the sounds in the folder.
+
+    As initialised, sounds are a tenth of the size of the positions that are added to them, and of a patch hardly more
+    than its loudness is left, so that a new teacher's targets would tell little else. Here they are of the same size,
+    and a patch's principal components count by the square root of what they would: half whitened.
+    """
+    torch.manual_seed(0)
+    model = BatModel(BatConfig(**CONFIG))
+    projection, processor = model.patch_embed.proj, BatAudioProcessor(num_frames=None)
+    files = sorted(sounds.rglob("*.*"))
+    features = [processor.log_mel(load_audio(file)) for file in files[:: max(1, len(files) // PIECES)]]
+    size, _, *patch = projection.weight.shape
+    patches = torch.cat([nn.functional.unfold(clip, patch, stride=patch)[0] for clip in features], dim=1)
+    variances, components = torch.linalg.eigh(patches.double().cov())
+    variances, components = variances[-size:].clamp(min=1e-6), components[:, -size:]
+    rotation = nn.init.orthogonal_(torch.empty(size, size))
+    weight = rotation @ (components * variances**-0.25).T.float() / variances.sqrt().mean().sqrt()
+    with torch.no_grad():
+        projection.weight.copy_(weight.reshape(projection.weight.shape))
+        projection.bias.copy_(-weight @ patches.mean(1))
+    return model
+
+
+def evaluate(encoders: dict[str, Path], tasks: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracies by task, representation and method, of frozen encoders and of log-mel features.
+
+    Args:
+        encoders: model folders by the name of the representation.
+        tasks: folder of `make_sounds`, TASK/{train,test}/LABEL/*.flac.
+    """
+    processor = load_audio_processor(num_frames=None)
+    representations = {
+        name: partial(patch_frames, load_pretrained_encoder(checkpoint=checkpoint), processor)
+        for name, checkpoint in encoders.items()
+    }
+    representations["log-mel"] = lambda waveform: processor.log_mel(waveform)[0, 0]  # (T, M)
+    return {
+        task.name: {
+            name: accuracies(*(part for split in SPLITS for part in statistics(frames, task / split, processor)))
+            for name, frames in representations.items()
+        }
+        for task in sorted(tasks.iterdir())
+    }
+
+
+@torch.inference_mode()
+def statistics(
+    frames: Callable[[torch.Tensor], torch.Tensor], sounds: Path, processor: BatAudioProcessor
+) -> tuple[np.ndarray, list[str]]:
+    """The `time_statistics` of what `frames` makes of every waveform, (N, 2*C), and the label of each."""
+    rows, labels = [], []
+    for example in read_examples(sounds):
+        rows.append(time_statistics(frames(example.load(processor))).numpy())
+        labels += example.labels
+    return np.stack(rows), labels
+
+
+def accuracies(
+    train: np.ndarray, train_labels: list[str], test: np.ndarray, test_labels: list[str]
+) -> dict[str, float]:
+    """Of the nearest neighbours by cosine, and of a linear probe whose strength is chosen on the training part."""
+    require("sklearn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    methods = {
+        f"{NEIGHBOURS} nearest neighbours": KNeighborsClassifier(NEIGHBOURS, metric="cosine"),
+        "linear probe": GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=3),
+    }
+    return {
+        name: make_pipeline(StandardScaler(), method).fit(train, train_labels).score(test, test_labels)
+        for name, method in methods.items()
+    }
+
+
+def probe(encoder: Path, tasks: Path, work: Path) -> dict[str, dict[str, float]]:
+    """Accuracies by task and head, of heads trained on the frozen encoder for a fixed number of steps."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    scores = {}
+    for task in sorted(tasks.iterdir()):
+        data = {"train": str(task / "train"), "validation": str(task / "test"), "checkpoint": str(encoder)}
+        scores[task.name] = {}
+        for head in HEADS:
+            out = work / f"{task.name}-{head}"
+            scores[task.name][head] = finetune(FinetuneSettings(**data, out=str(out), head=head, **PROBE))["accuracy"]
+    return scores
+
+
+def store(encoder: Path, out: Path):
+    """Write the encoder to a new model folder, in float16 and without code: the package has it, and publish adds it."""
+    shutil.rmtree(out, ignore_errors=True)
+    BatModel.from_pretrained(encoder).half().save_pretrained(out)
+    for code in out.glob("*.py"):
+        code.unlink()
+    config = json.loads((out / "config.json").read_text())
+    del config["auto_map"]
+    config["dtype"] = "float32"  # to compute in
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: dict):
+    """Add results.json, a card that says what the model is worth, and the plots of its training.
+
+    Args:
+        model: folder of `store`.
+        encoder: folder of `pretrain`.
+        results, heads: of `evaluate` and `probe`.
+        sources: sources.json of `make_sounds`.
+    """
+    shutil.copytree(encoder / "plots", model / "plots")
+    figures = {"frozen": results, "heads": heads}
+    (model / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    _, metadata, body = (encoder / "README.md").read_text().split("---\n", 2)
+    methods = list(next(iter(results.values()))["log-mel"])
+    card = CARD.format(
+        parameters=BatModel.from_pretrained(model).num_parameters(),
+        steps=RECIPE["steps"],
+        width=CONFIG["hidden_size"],
+        hours=sum(sources["parts"][f"pretrain/{kind}"]["seconds"] for kind in SCENES) / 3600,
+        results=table(
+            ("task", "representation", *methods),
+            ((task, name, *percentages(scores)) for task, rows in results.items() for name, scores in rows.items()),
+        ),
+        margins=table(
+            ("task", *methods),
+            ((task, *(f"{margin:+.1f}" for margin in margins(scores).values())) for task, scores in results.items()),
+        ),
+        probe_steps=PROBE["steps"],
+        num_frames=PROBE["num_frames"],
+        num_prototypes=PROBE["num_prototypes"],
+        heads=table(("task", *HEADS), ((task, *percentages(scores)) for task, scores in heads.items())),
+        packages=table(
+            ("package", "what was taken", "licences of the package's files"),
+            (
+                (f"{name} {package['version']}", package["taken"], ", ".join(package["licences"]))
+                for name, package in sources["packages"].items()
+            ),
+        ),
+        training=body[body.index("## Pre-training") :],
+    )
+    (model / "README.md").write_text(f"---\n{metadata}---\n\n{card}")
+
+
+def margins(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Percentage points by which BAT-tiny is above the better of the others, by method; of one task's results."""
+    ours, *others = (scores[name] for name in ("BAT-tiny", "untrained", "log-mel"))
+    return {method: 100 * (ours[method] - max(other[method] for other in others)) for method in ours}
+
+
+def percentages(scores: dict[str, float]) -> list[str]:
+    return [f"{100 * score:.1f} %" for score in scores.values()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make BAT-tiny: its sounds, its training and its results.")
+    parser.add_argument("folder", type=Path, help="where all is made; what is there already is kept")
+    build(parser.parse_args().folder)

@@ -1,0 +1,192 @@
+"""What fine-tuning and pre-training share: Trainer's arguments and order, the training folder, and resuming from it."""
+
+import difflib
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bat_audio.configuration_bat import BatConfig
+from bat_audio.load_model import HERE
+from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
+
+FINAL_LEARNING_RATE = 1e-6  # where the cosine ends
+WITHOUT_DECAY = ("block_attention", "prototype_vectors")
+# Of the configs that some version of Transformers writes, beyond those that this one's have at once.
+COMMON_FIELDS = {
+    *("_commit_hash", "_name_or_path", "architectures", "attn_implementation", "auto_map", "custom_pipelines"),
+    *("dtype", "torch_dtype", "model_type", "num_labels", "transformers_version", "use_cache"),
+}
+WITHOUT_INFLUENCE = ("num_workers", "report_to", "gradient_checkpointing")  # on the result; may change for resuming
+
+
+class BatTrainer(Trainer):
+    """Trainer for data in its own order, which is shuffled already."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def training_folder(out: Path) -> Path:
+    """Where the checkpoints and logs of a run lie; a FileExistsError says that its result would overwrite something."""
+    work = out.with_name(f"{out.name}.training")
+    if out.exists():
+        is_result = (out / "config.json").is_file() and last_whole_checkpoint(work)
+        finished = ", the result of a training that is finished" if is_result else ""
+        raise FileExistsError(f"{out} exists already{finished}; name another folder (--out), or remove it.")
+    return work
+
+
+def read_config(path: str | Path) -> BatConfig:
+    """Of a new encoder, from a JSON file with some fields of BatConfig.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object, or has fields that are none of BatConfig's.
+    """
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file; config (--config) is a JSON file with fields of BatConfig.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's, or of the encoding
+        raise ValueError(f"{path} is no JSON ({error}); expected fields of BatConfig.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds {fields!r:.50}; expected an object with fields of BatConfig.")
+    refuse_unknown_fields(fields, path)
+    return BatConfig.from_dict(fields)
+
+
+def refuse_unknown_fields(fields: dict, path: str | Path):
+    """Raise a ValueError for fields in a user's config.json that no BatConfig has: a typo would be kept silently."""
+    known = {*BatConfig.from_pretrained(HERE).to_dict(), *COMMON_FIELDS}  # the published one has fields of its own
+    unknown = []
+    for name in sorted(fields.keys() - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        unknown.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    if unknown:
+        raise ValueError(f"{path}: unknown fields: {', '.join(unknown)}. Expected fields of BatConfig.")
+
+
+def training_arguments(
+    settings: FinetuneSettings | PretrainSettings, work: Path, steps: int, save_every: int, log_every: int, **others
+) -> TrainingArguments:
+    """Arguments of a run in the folder `work`; a ValueError names settings that do not fit the machine."""
+    loggers, report_to = get_available_reporting_integrations(), settings.report_to.replace(" ", "").split(",")
+    if report_to not in (["none"], ["all"]) and not set(report_to) <= set(loggers):
+        raise ValueError(
+            f"report_to={settings.report_to!r} is not installed; there are {', '.join(loggers)}, several of them with "
+            "commas, or all or none."
+        )
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if settings.bf16 is not None:  # Trainer listens to this variable too, and in Transformers 4 sets it for all runs
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": min(1.0, FINAL_LEARNING_RATE / settings.learning_rate)},
+        warmup_steps=round(settings.warmup * steps),
+        bf16=has_bf16 if settings.bf16 is None else settings.bf16,
+        save_strategy="steps",
+        save_steps=save_every,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=settings.num_workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        report_to=report_to,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        **others,
+    )
+    shares = args.world_size * max(1, args.n_gpu) * settings.gradient_accumulation
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must be a multiple of {shares}: {args.world_size} processes with "
+            f"{max(1, args.n_gpu)} devices each, times gradient_accumulation={settings.gradient_accumulation}."
+        )
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = settings.batch_size // shares
+    return args
+
+
+def parameter_groups(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict]:
+    """AdamW's groups of the trained parameters, by their depth and whether they decay.
+
+    The head learns with `learning_rate`, block i of L with `layer_decay ** (L - i)` of it, and the embeddings below
+    the blocks with the smallest share. Biases, norms, block weights and prototypes do not decay.
+    """
+    blocks = model.config.num_hidden_layers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = re.search(r"\bblocks\.(\d+)\.", name)
+        depth = int(block[1]) + 1 if block else blocks + 1 if re.search(r"\bhead\.", name) else 0
+        decays = parameter.ndim > 1 and not any(part in name for part in WITHOUT_DECAY)
+        group = groups.setdefault((depth, decays), {
+            "params": [],
+            "lr": learning_rate * layer_decay ** (blocks + 1 - depth),
+            "weight_decay": weight_decay if decays else 0.0,
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def claim(work: Path, settings: FinetuneSettings | PretrainSettings, clips: str):
+    """Note settings and clips in the training folder, or refuse a folder with checkpoints of others."""
+    facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
+    facts = json.loads(json.dumps({**facts, "clips": clips}, default=str))
+    notes = work / "settings.json"
+    if last_whole_checkpoint(work):
+        begun = json.loads(notes.read_text())
+        others = [
+            f"{name}={begun.get(name)!r}, now {facts[name]!r}"
+            for name in facts
+            if name not in WITHOUT_INFLUENCE and begun.get(name) != facts[name]
+        ]
+        if others:
+            raise ValueError(
+                f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
+                "that folder to begin anew."
+            )
+    partial = notes.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=2))
+    os.replace(partial, notes)
+
+
+def last_whole_checkpoint(work: Path) -> str | None:
+    """The checkpoint to go on from, of those that all processes wrote to the end."""
+    notes = work / "settings.json"
+    if not notes.is_file():
+        return None
+    begun = json.loads(notes.read_text())
+    clips_at_once = begun["batch_size"] // begun["gradient_accumulation"]
+    checkpoints = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _is_whole(folder, clips_at_once)
+    }
+    return str(checkpoints[max(checkpoints)]) if checkpoints else None
+
+
+def _is_whole(checkpoint: Path, clips_at_once: int) -> bool:
+    """Whether a checkpoint was not cut off by a kill or a full disk; `clips_at_once` over all of its processes."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    processes = clips_at_once // state["train_batch_size"]  # which may be others now
+    states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))  # as torch.save writes them
