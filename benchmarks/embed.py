@@ -32,6 +32,7 @@ from benchmarks.harness import (
 )
 
 SECONDS = 10  # of a clip
+DISTINCT = 48  # clips; the others are copies of these, since making one takes longer than a GPU takes to embed ten
 FORMATS = {"flac": "FLAC, 44.1 kHz stereo", "mp3": "MP3, 44.1 kHz stereo", "wav": "WAV, 44.1 kHz stereo"}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENCODER, EMBED = "encoder alone", "embed, from files to the table"
@@ -42,10 +43,14 @@ def make_clips(folder: Path, number: int):
     folder.mkdir()
     rng = np.random.default_rng(0)
     for place, suffix in zip(range(number), itertools.cycle(FORMATS), strict=False):
+        file = folder / f"{place:05d}.{suffix}"
+        if place >= DISTINCT:
+            shutil.copy(folder / f"{place % DISTINCT:05d}.{suffix}", file)
+            continue
         spectrum = np.fft.rfft(rng.standard_normal((SECONDS * 44100, 2)), axis=0)
         spectrum[1:] /= np.arange(1, len(spectrum))[:, None] ** 0.5
         samples = np.fft.irfft(spectrum, axis=0)
-        soundfile.write(folder / f"{place:05d}.{suffix}", 0.3 * samples / np.abs(samples).max(), 44100)
+        soundfile.write(file, 0.3 * samples / np.abs(samples).max(), 44100)
 
 
 def throughput(settings: Settings, section: Section):

@@ -35,7 +35,7 @@ from benchmarks.harness import (
 
 SECOND_FRAMES = 112  # of a clip of 1 s, in whole patches
 AST_TOKENS = {"stride": (10, 10), "prefix": 2}  # overlapping patches; tokens for class and distillation
-SOUNDS = [file for file in sorted((ROOT / "examples").iterdir()) if file.suffix not in (".md", ".png")]
+SOUNDS = sorted(file for file in (ROOT / "examples").iterdir() if file.is_file() and file.suffix not in (".md", ".png"))
 
 
 class Product(NamedTuple):
