@@ -151,15 +151,18 @@ def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int)
             f"Resampling a tensor on {waveform.device} needs a working torchaudio ({error}). Install a torch and "
             "torchaudio that belong together (torchaudio 2.11 works with torch 2.11 to 2.14), or resample on the CPU."
         ) from error
-    return torchaudio.functional.resample(
-        waveform,
-        orig_rate,
-        new_rate,
-        lowpass_filter_width=64,
-        rolloff=0.9475937167399596,
-        resampling_method="sinc_interp_kaiser",
-        beta=14.769656459379492,
-    )
+    # By default cuDNN's convolutions round to TF32, which would move samples by 0.001.
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        return torchaudio.functional.resample(
+            waveform,
+            orig_rate,
+            new_rate,
+            lowpass_filter_width=64,
+            rolloff=0.9475937167399596,
+            resampling_method="sinc_interp_kaiser",
+            beta=14.769656459379492,
+        )
 
 
 def _audio_libraries():

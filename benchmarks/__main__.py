@@ -20,6 +20,7 @@ SECTIONS = {  # what runs each, and where
     "startup": (startup.run, "cpu"),
     "embed": (embed.run, "cpu"),
     "cuda": (gpu.run, "cuda"),
+    "cuda_profile": (gpu.profile, "cuda"),
     "cuda_long_audio": (long_audio.run, "cuda"),
     "cuda_memory": (memory.run, "cuda"),
     "cuda_embed": (embed.run, "cuda"),

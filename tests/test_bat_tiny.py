@@ -93,8 +93,9 @@ def test_build_makes_what_is_missing(tmp_path, monkeypatch):
     """All of it, with two steps, on sounds of two classes; what is there is not made again."""
     made = []
     monkeypatch.setattr(bat_tiny, "make_sounds", lambda folder: made.append(folder) or make_tones(folder))
-    monkeypatch.setattr(bat_tiny, "RECIPE", {**bat_tiny.RECIPE, "steps": 2, "batch_size": 2, "report_to": "none"})
-    monkeypatch.setattr(bat_tiny, "PROBE", {**bat_tiny.PROBE, "steps": 2, "eval_every": 2, "report_to": "none"})
+    few = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "num_workers": 1, "report_to": "none"}
+    monkeypatch.setattr(bat_tiny, "RECIPE", {**bat_tiny.RECIPE, **few})
+    monkeypatch.setattr(bat_tiny, "PROBE", {**bat_tiny.PROBE, "steps": 2, "eval_every": 2, "num_workers": 1, "report_to": "none"})
     work = tmp_path / "build"
     bat_tiny.build(work)
     encoder, model = BatModel.from_pretrained(work / "encoder"), BatModel.from_pretrained(work / "model")

@@ -223,6 +223,19 @@ def test_gpu_section_runs_on_a_cpu(tiny_checkpoint, tmp_path):
     assert [verdict["reached"] for verdict in section.verdicts if verdict["reached"] == "unknown"] == []
 
 
+@pytest.mark.slow
+def test_profile_tells_what_takes_the_time(tiny_checkpoint, tmp_path):
+    from benchmarks import gpu
+
+    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path)
+    encoder, front_end = gpu.profile(settings, batch=1).tables
+    for table, operation in ((encoder, "aten::addmm"), (front_end, "aten::_fft_r2c")):
+        rows = {row["operation"]: row for row in table.rows}
+        assert rows[operation]["calls"] >= 1
+        assert rows[operation]["ms"] > 0
+        assert 0.3 < sum(row["share"] for row in rows.values()) <= 1.0001
+
+
 def test_gpu_section_keeps_the_other_rows_without_floor_and_ceiling(tiny_checkpoint, tmp_path, monkeypatch):
     from benchmarks import gpu
 

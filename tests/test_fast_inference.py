@@ -7,6 +7,8 @@ import torch
 from conftest import recipe_weights, tiny_model
 
 from bat_audio import BatConfig, BatModel, load_model, load_pretrained_encoder
+from bat_audio.load_model import load_audio_processor
+from bat_audio.tools.demo import BAT_TINY, EXAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,24 @@ def test_int8_of_the_full_size(tmp_path, weights):
 
 
 # Refusals
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["bfloat16", "int8"])
+def test_trained_weights_in_low_precision(options, request):
+    """BAT-tiny on the example sounds: the outliers of training are what low precision could stumble over."""
+    if "quantization" in options:
+        request.getfixturevalue("has_int8")
+    processor = load_audio_processor(num_frames=256)
+    sounds = torch.cat([processor(processor.load_audio(file)) for file in sorted(EXAMPLES.glob("*_*k.*"))])
+    model = load_pretrained_encoder(checkpoint=BAT_TINY)
+    fast = load_pretrained_encoder(checkpoint=BAT_TINY, **options)
+    with torch.inference_mode():
+        expected = model(sounds).last_hidden_state
+        tokens = fast(sounds.to(fast.dtype)).last_hidden_state.float()
+    found = cosines(tokens, expected)
+    print(f"mean cosine {found.mean():.5f}, smallest {found.min():.5f}")
+    assert found.mean() > 0.995
+    assert found.min() > 0.98
 
 
 def test_int8_without_torchao_is_an_error(folder, monkeypatch):
