@@ -111,9 +111,9 @@ Percentage points by which BAT-tiny is above the better of the two others:
 
 {margins}
 
-Heads trained on the frozen encoder for {probe_steps} steps by `bat-audio finetune --preset probe --head-pooling mean`,
-with inputs of {num_frames} frames: linear on the last block, and cgp, convex gated probing of all blocks, with
-{num_prototypes} prototypes:
+Heads trained on the frozen encoder for {steps_of_heads} steps by `bat-audio finetune --preset probe
+--head-pooling mean`, with a learning rate of {learning_rate} and inputs of {num_frames} frames: linear on the last
+block, and cgp, convex gated probing of all blocks, with {num_prototypes} prototypes:
 
 {heads}
 
@@ -124,7 +124,11 @@ do not come with the model. Some of the sounds in the repository's `examples/` a
 
 {packages}
 
-{training}"""
+{training}
+
+In a collapse the variances would go to zero. That of the mean target, which the CLS token is trained to be, is small by
+construction: targets are normalised over the patches of each clip.
+"""
 
 
 def build(work: Path):
@@ -281,9 +285,8 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
             ("task", *methods),
             ((task, *(f"{margin:+.1f}" for margin in margins(scores).values())) for task, scores in results.items()),
         ),
-        probe_steps=PROBE["steps"],
-        num_frames=PROBE["num_frames"],
-        num_prototypes=PROBE["num_prototypes"],
+        steps_of_heads=PROBE["steps"],
+        **{name: PROBE[name] for name in ("learning_rate", "num_frames", "num_prototypes")},
         heads=table(("task", *HEADS), ((task, *percentages(scores)) for task, scores in heads.items())),
         packages=table(
             ("package", "what was taken", "licences of the package's files"),
@@ -292,7 +295,7 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
                 for name, package in sources["packages"].items()
             ),
         ),
-        training=body[body.index("## Pre-training") :],
+        training=body[body.index("## Pre-training") :].strip(),
     )
     (model / "README.md").write_text(f"---\n{metadata}---\n\n{card}")
 
