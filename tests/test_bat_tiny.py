@@ -1,5 +1,6 @@
 """BAT-tiny: what is shipped is what was judged, hears more than an untrained network, and can be made anew."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,20 @@ def test_shipped_model_is_small_and_loads_in_float32():
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
     assert model.dtype == torch.float32
     assert_same_weights(model.state_dict(), {name: weight.float() for name, weight in stored.items()})
+
+
+def test_results_are_of_the_shipped_weights():
+    assert RESULTS["weights_sha256"] == hashlib.sha256((BAT_TINY / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_nothing_collapsed_in_the_training():
+    """Targets differ between clips all the time, and CLS tokens by much of what the targets' means differ by."""
+    assert RESULTS["log"][-1]["step"] >= 4500
+    for line in RESULTS["log"]:
+        assert line["target_variance"] > 0.7
+        assert line["cls_variance"] > 0.5 * line["mean_target_variance"] > 5e-4
+    losses = [line["local_loss"] for line in RESULTS["log"]]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_shipped_results_are_better_by_the_margins():
@@ -80,7 +95,8 @@ def test_words_are_told_apart_better_than_without_training(tmp_path):
     """Other words, voices and noise than it was judged on."""
     make_speech_commands(tmp_path / "tasks" / "words", train_utterances=15, test_utterances=15)
     bat_tiny.initial_encoder(tmp_path / "tasks" / "words" / "train").save_pretrained(tmp_path / "initial")
-    encoders = {"BAT-tiny": BAT_TINY, "untrained": tmp_path / "initial"}
+    bat_tiny.random_encoder().save_pretrained(tmp_path / "random")
+    encoders = {"BAT-tiny": BAT_TINY, "initial": tmp_path / "initial", "random": tmp_path / "random"}
     with threadpool_limits(THREADS):
         results = bat_tiny.evaluate(encoders, tmp_path / "tasks")["words"]
     margins = bat_tiny.margins(results)
@@ -106,10 +122,12 @@ def test_build_makes_what_is_missing(tmp_path, monkeypatch):
     assert model.num_parameters() < 3e6
     assert sum(file.stat().st_size for file in (work / "model").rglob("*") if file.is_file()) < 8e6
     results = json.loads((work / "model" / "results.json").read_text())
-    assert set(results["frozen"]["pitch"]) == {"BAT-tiny", "untrained", "log-mel"}
+    assert set(results["frozen"]["pitch"]) == {"BAT-tiny", "initial", "random", "log-mel"}
     assert set(results["heads"]["pitch"]) == set(bat_tiny.HEADS)
     assert results["frozen"]["pitch"]["log-mel"] == {"5 nearest neighbours": 1.0, "linear probe": 1.0}
+    assert [line["step"] for line in results["log"]] == [2]
     card = (work / "model" / "README.md").read_text()
+    assert "for 2 steps" in card
     for name, scores in results["frozen"]["pitch"].items():
         assert f"| pitch | {name} | {' | '.join(bat_tiny.percentages(scores))} |" in card
     assert f"| pitch | {' | '.join(bat_tiny.percentages(results['heads']['pitch']))} |" in card
@@ -133,6 +151,6 @@ def make_tones(folder: Path):
                 sound = 0.5 * np.sin(2 * np.pi * frequency * time) + 0.01 * rng.standard_normal(len(time))
                 soundfile.write(folder / part / label / f"{number}.flac", sound, 16000)
     packages = {"sounds": {"version": "1.0", "taken": "tones", "licences": ["CC0"]}}
-    parts = {f"pretrain/{kind}": {"files": 12, "seconds": 12.0} for kind in ("tones", *SCENES)}
+    parts = {part: {"files": 12, "seconds": 12.0} for part in (*(f"pretrain/{kind}" for kind in SCENES), "pitch/test")}
     sources = {"packages": packages, "parts": parts}
     (folder / "sources.json").write_text(json.dumps(sources))

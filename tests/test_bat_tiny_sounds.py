@@ -21,7 +21,9 @@ from bat_audio.tools.bat_tiny_sounds import (
     VARIANTS,
     WORDS,
     _divide,
+    _event,
     _group,
+    _takes,
     make_sounds,
 )
 
@@ -108,11 +110,31 @@ def test_pretrain_train_and_test_share_nothing(made):
     def of(source, key):
         return shared_between([row for row in rows if row["source"] == source], key)
 
-    assert of("effects", lambda row: _group(row["origin"])) == nothing
+    assert of("effects", lambda row: _event(row["origin"])) == nothing
     assert of("prompts", lambda row: row["origin"].split("/sounds/")[1].split("/", 1)[1]) == nothing
     assert of("synthesised_speech", lambda row: row["origin"].split("+")[0]) == nothing
     assert of("synthesised_speech", lambda row: row["origin"].split("+")[1]) == nothing
     assert {row["source"] for row in rows} == SOURCES
+
+
+def test_takes_of_a_recording_before_are_found(tmp_path):
+    """Shifted, filtered, at another level and in noise; or by their names alone. Other recordings are none."""
+    rng = np.random.default_rng(0)
+    sound, other, third = rng.standard_normal((3, 16000)) * np.exp(-np.arange(16000) / 4000)
+    take = np.convolve(np.pad(sound[500:], (3000, 0)), [0.2, 0.1, 0.05])
+    files = {
+        ("pretrain", "door"): sound,
+        ("sound_source/train", "gate"): take + 0.01 * rng.standard_normal(len(take)),
+        ("sound_source/train", "bell"): other,
+        ("sound_source/test", "bell_soft"): third,
+        ("sound_source/test", "horn"): rng.standard_normal(20000),
+        ("sound_source/test", "bell2"): -0.5 * other[:9000],
+    }
+    rows = []
+    for (part, name), samples in files.items():
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * samples, 16000)
+        rows.append({"path": f"{name}.wav", "part": part, "origin": f"package:{name}.wav"})
+    assert _takes(tmp_path, rows) == {"gate.wav", "bell_soft.wav", "bell2.wav"}
 
 
 @builds

@@ -124,8 +124,8 @@ def test_trained_weights_in_low_precision(options, request):
         tokens = fast(sounds.to(fast.dtype)).last_hidden_state.float()
     found = cosines(tokens, expected)
     print(f"mean cosine {found.mean():.5f}, smallest {found.min():.5f}")
-    assert found.mean() > 0.995
-    assert found.min() > 0.98
+    assert found.mean() > 0.999
+    assert found.min() > 0.95
 
 
 def test_int8_without_torchao_is_an_error(folder, monkeypatch):

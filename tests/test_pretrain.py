@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from bat_audio import BatAudioProcessor, BatForAudioClassification, BatModel, load_pretrained_encoder
+from bat_audio.modeling_bat import BatBlock
 from bat_audio.tools.convert import convert
 from bat_audio.tools.embed_inputs import list_inputs
+from bat_audio.tools.masked_regression import MaskedRegression
 from bat_audio.tools.pretrain import LOGGED, MoveTeacher, build_encoder, pretrain
 from bat_audio.tools.pretrain_data import MaskedClips, Recordings
 from bat_audio.tools.recipes import PretrainSettings
@@ -394,7 +396,7 @@ def test_continued_pretraining_starts_from_the_checkpoint(options, tmp_path):
 
 
 def test_settings_reach_optimizer_and_schedule(options, tmp_path):
-    options.update(steps=20, save_every=20, warmup=0.25)
+    options.update(steps=20, save_every=20, warmup=0.25, beta2=0.9, weight_decay=0.1)
     pretrained(options)
     log = [entry for entry in log_of(options) if "loss" in entry]
     ahead = int(log[0]["learning_rate"] > 0)  # Transformers 4 logs the rate of the next step
@@ -403,13 +405,48 @@ def test_settings_reach_optimizer_and_schedule(options, tmp_path):
         expected = 1e-3 * step / 5 if step < 5 else 1e-6 + (1e-3 - 1e-6) * cosine
         assert entry["learning_rate"] == pytest.approx(expected, rel=1e-6), step
     groups = torch.load(last_checkpoint(options) / "optimizer.pt")["param_groups"]
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
-    assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.95)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
     unclipped = max(entry["grad_norm"] for entry in log)
     options["out"] = str(tmp_path / "clipped")
     _, clipped = pretrained(options, max_grad_norm=unclipped / 100)
     _, plain = pretrained(options, out=str(tmp_path / "plain"))
     assert any(not torch.equal(clipped[name], plain[name]) for name in plain)
+
+
+def test_settings_reach_model_and_clips(options, tmp_path, monkeypatch):
+    """Those whose effect the equivalences do not show, with values of no other test."""
+    seen = []
+
+    class SeenModel(MaskedRegression):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.append((self, self.student.encoder.patch_embed.proj.weight.clone()))
+
+    class SeenClips(MaskedClips):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            seen.append(self[0])
+
+    compiled = []
+    monkeypatch.setattr("bat_audio.tools.pretrain.MaskedRegression", SeenModel)
+    monkeypatch.setattr("bat_audio.tools.pretrain.MaskedClips", SeenClips)
+    monkeypatch.setattr(BatBlock, "compile", lambda block: compiled.append(block))
+    options.update(steps=1, views=2, keep=0.75, mask_block=1, decoder_blocks=3)
+    for name, changes in {
+        "one": {"seed": 7},
+        "two": {"seed": 8, "compile": True, "gradient_checkpointing": True},
+    }.items():
+        pretrained(options, out=str(tmp_path / name), **changes)
+    (model, weight), item, (other_model, other_weight), other_item = seen
+    assert len(model.student.decoder.blocks) == 3
+    assert item["ids_keep"].shape == (2, 24)
+    assert not torch.equal(item["ids_keep"], other_item["ids_keep"])
+    assert not torch.equal(item["input_features"], other_item["input_features"])
+    assert not torch.equal(weight, other_weight)
+    assert (model.gradient_checkpointing, other_model.gradient_checkpointing) == (False, True)
+    blocks = [module for module in other_model.modules() if isinstance(module, BatBlock)]
+    assert {id(block) for block in compiled} == {id(block) for block in blocks}
 
 
 @pytest.mark.parametrize("change", [{"gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"num_workers": 2}])

@@ -25,9 +25,11 @@ from bat_audio.tools.bat_tiny_sounds import SCENES, make_sounds
 from bat_audio.tools.card import table
 from bat_audio.tools.data import read_examples, require
 from bat_audio.tools.demo import patch_frames, time_statistics
+from bat_audio.tools.embed import file_digest
 from bat_audio.tools.finetune import finetune
-from bat_audio.tools.pretrain import pretrain
+from bat_audio.tools.pretrain import LOGGED, pretrain
 from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
+from bat_audio.tools.training import last_whole_checkpoint
 
 # 2.9 million parameters; 2.56 s of sound at a time.
 CONFIG = {
@@ -99,15 +101,16 @@ python -m bat_audio.tools.bat_tiny build/bat-tiny  # the model is then in build/
 ## Results
 
 Accuracy on held-out sounds: voices, instruments and recordings of a task's test part are neither in its training
-part nor in the pre-training, which had no labels; except in `recorded_language`, where the recordings are others but
-every language has one speaker, whose voice gives it away. The encoder is frozen; its patch tokens are averaged over the
-blocks, and of every mel band the mean and standard deviation over time are taken. Untrained: the same of the network
-with the weights that its training began with. Log-mel: the same of the features. Neighbours are the nearest by cosine
-of standardised values.
+part nor in the pre-training, which had no labels. But in `recorded_language`, where the recordings are others, every
+language has one speaker, whose voice may give it away; and in `sound_source` half of the classes have one package each,
+whose way of recording, or actors, may. The encoder is frozen; its patch tokens are averaged over the
+blocks, and of every mel band the mean and standard deviation over time are taken. Initial: the same of the network with
+the weights that its training began with, which are random but for a patch projection that fits the sounds. Random: with
+a random projection too. Log-mel: the same of the features. Neighbours are the nearest by cosine of standardised values.
 
 {results}
 
-Percentage points by which BAT-tiny is above the better of the two others:
+Percentage points by which BAT-tiny is above the best of the others:
 
 {margins}
 
@@ -134,23 +137,31 @@ construction: targets are normalised over the patches of each clip.
 def build(work: Path):
     """Make everything in the folder `work`: `sounds`, the pre-trained `encoder`, and the `model` to ship."""
     work.mkdir(parents=True, exist_ok=True)
-    sounds, initial, encoder, model = (work / name for name in ("sounds", "initial", "encoder", "model"))
+    sounds, random, initial, encoder, model = (
+        work / name for name in ("sounds", "random", "initial", "encoder", "model")
+    )
     if not sounds.exists():
         make_sounds(sounds)
-    if not initial.exists():
-        begun = work / "initial.partial"
-        initial_encoder(sounds / "pretrain").save_pretrained(begun)
-        begun.replace(initial)
+    for folder, make in ((random, random_encoder), (initial, partial(initial_encoder, sounds / "pretrain"))):
+        if not folder.exists():
+            begun = folder.with_suffix(".partial")
+            make().save_pretrained(begun)
+            begun.replace(folder)
     if not encoder.exists():
         data = [str(sounds / "pretrain" / kind) for kind in SCENES]
         pretrain(PretrainSettings(data=data, out=str(encoder), init=str(initial), **RECIPE))
     if not model.exists():
         shipped = work / "model.partial"
         store(encoder, shipped)
-        results = evaluate({"BAT-tiny": shipped, "untrained": initial}, sounds / "tasks")
+        results = evaluate({"BAT-tiny": shipped, "initial": initial, "random": random}, sounds / "tasks")
         heads = probe(shipped, sounds / "tasks", work / "probes")
         describe(shipped, encoder, results, heads, json.loads((sounds / "sources.json").read_text()))
         shipped.replace(model)
+
+
+def random_encoder() -> BatModel:
+    torch.manual_seed(0)
+    return BatModel(BatConfig(**CONFIG))
 
 
 def initial_encoder(sounds: Path) -> BatModel:
@@ -160,8 +171,7 @@ def initial_encoder(sounds: Path) -> BatModel:
     than its loudness is left, so that a new teacher's targets would tell little else. Here they are of the same size,
     and a patch's principal components count by the square root of what they would: half whitened.
     """
-    torch.manual_seed(0)
-    model = BatModel(BatConfig(**CONFIG))
+    model = random_encoder()
     projection, processor = model.patch_embed.proj, BatAudioProcessor(num_frames=None)
     files = sorted(sounds.rglob("*.*"))
     features = [processor.log_mel(load_audio(file)) for file in files[:: max(1, len(files) // PIECES)]]
@@ -253,9 +263,12 @@ def store(encoder: Path, out: Path):
     for code in out.glob("*.py"):
         code.unlink()
     config = json.loads((out / "config.json").read_text())
-    del config["auto_map"]
+    del config["auto_map"], config["custom_pipelines"]
     config["dtype"] = "float32"  # to compute in
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    features = json.loads((out / "preprocessor_config.json").read_text())
+    del features["auto_map"]
+    (out / "preprocessor_config.json").write_text(json.dumps(features, indent=2) + "\n")
 
 
 def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: dict):
@@ -263,18 +276,22 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
 
     Args:
         model: folder of `store`.
-        encoder: folder of `pretrain`.
+        encoder: folder of `pretrain`, with its training folder beside it.
         results, heads: of `evaluate` and `probe`.
         sources: sources.json of `make_sounds`.
     """
     shutil.copytree(encoder / "plots", model / "plots")
-    figures = {"frozen": results, "heads": heads}
+    checkpoint = last_whole_checkpoint(encoder.with_name(f"{encoder.name}.training"))
+    history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+    log = [{name: entry[name] for name in ("step", *LOGGED)} for entry in history if LOGGED[0] in entry]
+    digest = file_digest(model / "model.safetensors")
+    figures = {"weights_sha256": digest, "frozen": results, "heads": heads, "log": log}
     (model / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     _, metadata, body = (encoder / "README.md").read_text().split("---\n", 2)
     methods = list(next(iter(results.values()))["log-mel"])
     card = CARD.format(
         parameters=BatModel.from_pretrained(model).num_parameters(),
-        steps=RECIPE["steps"],
+        steps=log[-1]["step"],
         width=CONFIG["hidden_size"],
         hours=sum(sources["parts"][f"pretrain/{kind}"]["seconds"] for kind in SCENES) / 3600,
         results=table(
@@ -282,8 +299,15 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
             ((task, name, *percentages(scores)) for task, rows in results.items() for name, scores in rows.items()),
         ),
         margins=table(
-            ("task", *methods),
-            ((task, *(f"{margin:+.1f}" for margin in margins(scores).values())) for task, scores in results.items()),
+            ("task", "clips tested", *methods),
+            (
+                (
+                    task,
+                    sources["parts"][f"{task}/test"]["files"],
+                    *(f"{margin:+.1f}" for margin in margins(scores).values()),
+                )
+                for task, scores in results.items()
+            ),
         ),
         steps_of_heads=PROBE["steps"],
         **{name: PROBE[name] for name in ("learning_rate", "num_frames", "num_prototypes")},
@@ -297,13 +321,16 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
         ),
         training=body[body.index("## Pre-training") :].strip(),
     )
+    metadata = metadata.replace("- custom_code\n", "")
     (model / "README.md").write_text(f"---\n{metadata}---\n\n{card}")
 
 
 def margins(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Percentage points by which BAT-tiny is above the better of the others, by method; of one task's results."""
-    ours, *others = (scores[name] for name in ("BAT-tiny", "untrained", "log-mel"))
-    return {method: 100 * (ours[method] - max(other[method] for other in others)) for method in ours}
+    """Percentage points by which BAT-tiny is above the best of the others, by method; of one task's results."""
+    others = [other for name, other in scores.items() if name != "BAT-tiny"]
+    return {
+        method: 100 * (score - max(other[method] for other in others)) for method, score in scores["BAT-tiny"].items()
+    }
 
 
 def percentages(scores: dict[str, float]) -> list[str]:

@@ -38,6 +38,7 @@ from pathlib import Path
 import mido
 import numpy as np
 import soundfile
+from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import fftconvolve
 
 from bat_audio.processing_bat import SAMPLE_RATE, load_audio
@@ -112,8 +113,7 @@ ACCENTS = {
     "train": ("en-029", "en-gb-x-gbclan", "en-gb-x-rp"),
     "test": ("en-gb-scotland", "en-gb-x-gbcwmd", "en-us-nyc"),
 }
-# espeak-ng takes an unknown variant for the plain voice without a word; these are in 1.51. Close relatives such as
-# klatt2 and klatt3 are in the same part.
+# Those of espeak-ng 1.51. Close relatives such as klatt2 and klatt3 are in the same part.
 VARIANTS = {
     "pretrain": (
         *("adam", "Alex", "Alicia", "anika", "benjamin", "boris", "caleb", "david", "Denis", "edward", "f1", "f3"),
@@ -144,7 +144,10 @@ COUNTS = {"recorded_speech": 3500, "synthesised_speech": 1700, "noises": 330, "s
 SCENES = ("sequences", "mixtures")  # the parts of pretrain that are made of the others
 GAP = 0.4  # s, at most, between the sounds of a sequence
 CLIPS_PER_PROGRAM = 28  # of pretrain
-CLIPS_PER_LABEL = {"train": 40, "test": 20}
+CLIPS_PER_LABEL = {"train": 40, "test": 100}  # of words and instruments, which can be made as often as one likes
+RECORDINGS_PER_LABEL = {"train": 40, "test": 20}
+EFFECT = 5.0  # s, at most, of a recording in the task sound_source
+ALIKE = 0.45  # correlation from which two recordings are taken for takes, or edits, of one
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads
     Raises:
         FileExistsError: the folder is there already.
         FileNotFoundError: programs are not installed; the message names all, and the command that installs them.
-        RuntimeError: a program failed, for example apt-get without package lists; with what the program said.
+        RuntimeError: a program failed, for example apt-get without package lists; with what the program said. Or it is
+            an espeak-ng without the voices.
     """
     folder = Path(folder).absolute()
     if folder.exists():
@@ -185,6 +189,9 @@ def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads
         raise FileNotFoundError(
             f"Not installed: {', '.join(missing)}. Run: apt-get install --no-install-recommends {packages}"
         )
+    known = re.findall(r"!v/(\S+)", _run(["espeak-ng", "--voices=variant"]).decode())
+    if unknown := sorted(set(itertools.chain(*VARIANTS.values())) - set(known)):
+        raise RuntimeError(f"espeak-ng has no variants {', '.join(unknown)}, which would all sound as its plain voice.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work,
@@ -196,6 +203,7 @@ def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads
         rng = np.random.default_rng(seed)
         clips = _thin(_plan(roots, rng), scale, rng)
         rows = [row for row in pool.map(partial(_make, made, seed), clips, chunksize=8) if row]
+        rows = _without_takes(made, rows, pool)
         scenes = _plan_scenes(made, rows, scale, rng)
         rows += [row for row in pool.map(partial(_make, made, seed), scenes, chunksize=8) if row]
         _describe(made, roots, debs, rows, seed, scale)
@@ -297,12 +305,12 @@ def _plan_recordings(recordings: dict[str, tuple[Path, float]], rng: np.random.G
         place = f"pretrain/recorded_speech/{_file_name(origin)}"
         yield Clip(place, "recorded_speech", origin, partial(_recording, path=recordings[origin][0]))
     for label, groups in labelled.items():
-        splits = _divide(groups, rng, {"pretrain": 1, "train": 2, "test": 1}, CLIPS_PER_LABEL)
+        splits = _divide(groups, rng, {"pretrain": 1, "train": 2, "test": 1}, RECORDINGS_PER_LABEL)
         others += splits.pop("pretrain")
         for split, chosen in splits.items():
             for origin in chosen:
                 place = f"tasks/sound_source/{split}/{label}/{_file_name(origin)}"
-                yield Clip(place, "effects", origin, partial(_recording, path=recordings[origin][0], duration=5.0))
+                yield Clip(place, "effects", origin, partial(_recording, path=recordings[origin][0], duration=EFFECT))
     for origin in others:
         path, seconds = recordings[origin]
         for piece in range(min(PIECES, max(1, round(seconds / PIECE)))):
@@ -322,6 +330,13 @@ def _group(origin: str) -> str:
     package, path = origin.split(":", 1)
     event = re.sub(r"-miss\b", "", Path(path).stem)
     return f"{package}:{re.sub(r'[-_.]?[0-9]+$', '', event)}"
+
+
+def _event(origin: str) -> str:
+    """As `_group`, and without what tells the variants of one event apart: crossbow of crossbow-fire-miss.ogg."""
+    return re.sub(
+        r"[-_](fire|full|hard|long|short|soft|very)\b", "", _group(origin).replace("_", "-"), flags=re.IGNORECASE
+    )
 
 
 def _divide(
@@ -419,6 +434,45 @@ def _plan_scenes(made: Path, rows: list[dict], scale: float, rng: np.random.Gene
             paths = [piece["path"] for piece in pieces]
             sound = partial(_sequence if kind == "sequences" else _mixture, files=[made / path for path in paths])
             yield Clip(f"pretrain/{kind}/{number:04d}", kind, ";".join(paths), sound)
+
+
+def _without_takes(made: Path, rows: list[dict], pool: ProcessPoolExecutor) -> list[dict]:
+    """Remove the effects of a task that are takes or edits of one that comes before, in pretrain or in its train part.
+
+    Only within a package: what two packages share is the same file, of which there is but one.
+    """
+    packages = defaultdict(list)
+    for part in ("pretrain", "sound_source/train", "sound_source/test"):
+        for row in rows:
+            if (row["part"], row["source"]) == (part, "effects"):
+                packages[row["origin"].split(":")[0]].append(row)
+    takes = set(itertools.chain.from_iterable(pool.map(partial(_takes, made), packages.values())))
+    for path in takes:
+        (made / path).unlink()
+    return [row for row in rows if row["path"] not in takes]
+
+
+def _takes(made: Path, rows: list[dict]) -> set[str]:
+    """Paths of the rows, which are in the order of their parts, that are like a row of a part before."""
+    size = next_fast_len(round(2 * EFFECT * SAMPLE_RATE), real=True)
+    spectra, takes = [_half_whitened(made / row["path"], size) for row in rows], set()
+    for row, spectrum in zip(rows, spectra, strict=True):
+        for before, other in zip(rows, spectra, strict=True):
+            if before["part"] == row["part"]:
+                break
+            is_event = _event(before["origin"]) == _event(row["origin"])
+            if is_event or irfft(spectrum * other.conj(), size).max() > ALIKE:
+                takes.add(row["path"])
+                break
+    return takes
+
+
+def _half_whitened(path: Path, size: int) -> np.ndarray:
+    """The spectrum of a recording, at whose correlations with others its loudest frequencies count less; of norm 1."""
+    spectrum = rfft(np.diff(load_audio(path, duration=EFFECT).numpy()), size)
+    magnitude = np.abs(spectrum)
+    spectrum /= np.sqrt(np.maximum(magnitude, 1e-3 * magnitude.max()))
+    return spectrum / np.linalg.norm(irfft(spectrum, size))
 
 
 def _make(made: Path, seed: int, clip: Clip) -> dict | None:

@@ -147,8 +147,9 @@ class MaskedRegression(nn.Module):
 
         Returns:
             `loss`, the sum of `local_loss`, the squared error of the masked patches, and `global_loss`, that between
-            CLS token and mean target; and, to see a collapse, means over the channels of variances over the clips:
-            `target_variance` of each patch's target, `mean_target_variance` of their mean, `cls_variance` of the CLS.
+            CLS token and mean target; and, to see a collapse, means over the channels of variances over these clips,
+            NaN of one alone: `target_variance` of each patch's target, `mean_target_variance` of their mean,
+            `cls_variance` of the CLS.
         """
         views = ids_keep.shape[1]
         target = self.target(input_features)  # (B, N, D)
@@ -160,9 +161,9 @@ class MaskedRegression(nn.Module):
         global_loss = (cls_token - target.mean(1, keepdim=True)).square().mean()
         with torch.no_grad():
             variances = {
-                "target_variance": target.var(0, correction=0).mean(),
-                "mean_target_variance": target.mean(1).var(0, correction=0).mean(),
-                "cls_variance": cls_token.mean(1).var(0, correction=0).mean(),
+                "target_variance": target.var(0).mean(),
+                "mean_target_variance": target.mean(1).var(0).mean(),
+                "cls_variance": cls_token.mean(1).var(0).mean(),
             }
         return {
             "loss": local_loss + global_loss,

@@ -211,6 +211,8 @@ class MaskedClips(torch.utils.data.Dataset):
             waveform = load_any(source, start, duration, rate)
         samples = round(self.clip_seconds * rate)
         waveform = waveform[:samples]  # a header may tell too short a time
+        if len(waveform) == 0:
+            raise ValueError(f"{item.path}: holds no samples from {start} s on.")
         waveform = waveform.roll(int(generator.integers(len(waveform))))
         waveform = nn.functional.pad(waveform, (0, samples - len(waveform)))
         return fit_frames(self.processor.log_mel(waveform), self.num_frames)[0]
