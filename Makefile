@@ -30,7 +30,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check
 
 $(INSTALLED): pyproject.toml
-	@echo "Installing torch and the rest into $(VENV): a few minutes, about 6 GB ..."
+	@echo "Installing torch and the rest into $(VENV): a few minutes, about 7 GB ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)

@@ -91,8 +91,9 @@ from bat_audio import load_pretrained_encoder
 model = load_pretrained_encoder(checkpoint="examples/bat-tiny")
 ```
 
-The weights are stored in float16, in which they were judged, and loaded in float32. `bat-audio publish FOLDER
-NAMESPACE/NAME` makes a repository of it that loads with `trust_remote_code`. From nothing:
+The weights here are rounded to float16, and were judged so; the package computes with them in float32. `bat-audio
+publish FOLDER NAMESPACE/NAME` makes a repository of them, in float32, that loads with `trust_remote_code`. From
+nothing:
 
 ```bash
 python -m bat_audio.tools.bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
@@ -101,12 +102,20 @@ python -m bat_audio.tools.bat_tiny build/bat-tiny  # the model is then in build/
 ## Results
 
 Accuracy on held-out sounds: voices, instruments and recordings of a task's test part are neither in its training
-part nor in the pre-training, which had no labels. But in `recorded_language`, where the recordings are others, every
-language has one speaker, whose voice may give it away; and in `sound_source` half of the classes have one package each,
-whose way of recording, or actors, may. The encoder is frozen; its patch tokens are averaged over the
-blocks, and of every mel band the mean and standard deviation over time are taken. Initial: the same of the network with
-the weights that its training began with, which are random but for a patch projection that fits the sounds. Random: with
-a random projection too. Log-mel: the same of the features. Neighbours are the nearest by cosine of standardised values.
+part nor in the pre-training, which had no labels. There are 10 families of instruments, 5 languages, 14 sources and 20
+words. In `recorded_language` the recordings are others, but every language has one speaker, whose voice may give it
+away. In `sound_source` half of the classes have one package each, which its actors or its way of recording may give
+away.
+
+The encoder is frozen; its patch tokens are averaged over the blocks, and of every mel band the mean and standard
+deviation over time are taken. The embedding was not judged. The others are
+
+- initial: the same of the network with the weights that its training began with, which are random but for a patch
+  projection that fits the sounds;
+- random: the same with a random projection too;
+- log-mel: the same statistics of the features.
+
+Neighbours are the nearest by cosine of standardised values.
 
 {results}
 
@@ -116,7 +125,8 @@ Percentage points by which BAT-tiny is above the best of the others:
 
 Heads trained on the frozen encoder for {steps_of_heads} steps by `bat-audio finetune --preset probe
 --head-pooling mean`, with a learning rate of {learning_rate} and inputs of {num_frames} frames: linear on the last
-block, and cgp, convex gated probing of all blocks, with {num_prototypes} prototypes:
+block, and cgp, convex gated probing of all blocks, with {num_prototypes} prototypes. Neither has converged after so few
+steps:
 
 {heads}
 

@@ -73,9 +73,9 @@ def publish(
 ) -> str | None:
     """Upload a model as a complete repository, in one commit, after proving that it loads and computes the same.
 
-    The repository gets the weights in one model.safetensors in their own dtype, config.json, the feature extractor's
-    settings, this package's code, the licence and the model card: the folder's README.md with the plots that it shows,
-    or else one made here. Nothing else in the folder is published. Files that the repository has besides stay, but for
+    The repository gets the weights in one model.safetensors, in the dtype of config.json, that and the settings of the
+    feature extractor, this package's code, the licence and the model card: the folder's README.md with its plots, or
+    else one made here. Nothing else in the folder is published. Files that the repository has besides stay, but for
     other weights, adapters and settings that Transformers would read instead (`STALE_FILES`).
 
     Args:
