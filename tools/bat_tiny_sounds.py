@@ -169,7 +169,7 @@ class Clip:
 def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads: str | Path | None = None):
     """Fill a new folder as the module says; it appears whole or not at all.
 
-    The same seed, scale and package versions give the same files. In full it takes six minutes on two cores and 3.1 GB.
+    The same seed, scale and package versions give the same files. In full: eight minutes on two cores, 3.1 GB.
 
     Args:
         scale: share of the files to make of each part and label, at least one each; 1.0 is about 54 h.
@@ -468,7 +468,7 @@ def _takes(made: Path, rows: list[dict]) -> set[str]:
 
 
 def _half_whitened(path: Path, size: int) -> np.ndarray:
-    """The spectrum of a recording, at whose correlations with others its loudest frequencies count less; of norm 1."""
+    """The spectrum of a recording, in whose correlations with others its loudest frequencies count less; of norm 1."""
     spectrum = rfft(np.diff(load_audio(path, duration=EFFECT).numpy()), size)
     magnitude = np.abs(spectrum)
     spectrum /= np.sqrt(np.maximum(magnitude, 1e-3 * magnitude.max()))
