@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bat_audio import BatConfig, BatModel
+from bat_audio import BatConfig, BatModel, load_audio, load_audio_processor
 
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
@@ -39,6 +39,14 @@ def tiny_model(**changes) -> BatModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def example_pictures() -> torch.Tensor:
+    """Features (B, 1, 256, 128) of the example sounds, cut into pieces of 2.56 s that overlap by half."""
+    processor, piece = load_audio_processor(num_frames=256), 256 * 160
+    sounds = [load_audio(file).flatten() for file in sorted((ROOT / "examples").glob("*_*k.*"))]
+    starts = [(sound, start) for sound in sounds for start in range(0, len(sound) - piece // 2, piece // 2)]
+    return torch.cat([processor(sound[start : start + piece][None]) for sound, start in starts])
 
 
 def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:

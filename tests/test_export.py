@@ -9,13 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import run_python, tiny_model
+from conftest import example_pictures, run_python, tiny_model
 from test_convert import HEADS, tiny_probe
 from typer.testing import CliRunner
 
-from bat_audio import BatAudioProcessor, BatModel
+from bat_audio import BatAudioProcessor, BatModel, load_pretrained_encoder
 from bat_audio.tools import export as export_module
 from bat_audio.tools.cli import app
+from bat_audio.tools.demo import BAT_TINY
 from bat_audio.tools.export import ExportGraph, FrontEnd, export
 
 # Clips and frames: one patch; not a multiple of 16; one whole chunk of 64; longer; two chunks and frames too many.
@@ -158,11 +159,23 @@ def test_int8_is_close(classifier, shape):
     assert 0.99 < results["min_cosine"] <= results["mean_cosine"] < 0.999999
 
 
+def test_int8_of_trained_weights(exporter, tmp_path):
+    results = export(BAT_TINY, tmp_path / "int8.onnx", format="onnx", int8=True)
+    pictures = example_pictures()
+    expected = expected_outputs(load_pretrained_encoder(checkpoint=BAT_TINY), pictures)["last_hidden_state"]
+    tokens = torch.from_numpy(run_onnx(tmp_path / "int8.onnx", pictures)["last_hidden_state"])
+    cosines = torch.nn.functional.cosine_similarity(tokens, expected, dim=-1)
+    print(f"mean cosine {cosines.mean():.5f}, smallest {cosines.min():.5f}; in export {results['min_cosine']:.5f}")
+    assert cosines.mean() > 0.999
+    assert min(cosines.min(), results["min_cosine"]) > 0.98
+
+
 def test_int8_quantises_the_blocks_alone(classifier):
     _, float32, int8, _ = classifier
     before, after = ([node.op_type for node in onnx.load(path).graph.node] for path in (float32, int8))
-    assert after.count("MatMulInteger") == 2 * 5  # two blocks of qkv, gate, proj, fc1, fc2
-    assert after.count("MatMul") == before.count("MatMul") + before.count("Gemm") - 2 * 5  # the head's Gemm is split
+    quantised = 2 * 5 - 1  # two blocks of qkv, gate, proj, fc1, fc2, without the last
+    assert after.count("MatMulInteger") == quantised
+    assert after.count("MatMul") == before.count("MatMul") + before.count("Gemm") - quantised  # a Gemm is split
     assert after.count("Conv") == before.count("Conv")
 
 

@@ -4,11 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import recipe_weights, tiny_model
+from conftest import example_pictures, recipe_weights, tiny_model
 
 from bat_audio import BatConfig, BatModel, load_model, load_pretrained_encoder
-from bat_audio.load_model import load_audio_processor
-from bat_audio.tools.demo import BAT_TINY, EXAMPLES
+from bat_audio.tools.demo import BAT_TINY
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_int8_is_close_and_compiled_int8_is_the_same(folder):
     eager = load_pretrained_encoder(checkpoint=folder)
     int8 = load_pretrained_encoder(checkpoint=folder, quantization="int8")
     assert type(int8.blocks[0].mlp.fc1.weight).__name__ == "Int8Tensor"
-    assert type(int8.patch_embed.proj.weight) is torch.nn.Parameter
+    assert type(int8.patch_embed.proj.weight) is type(int8.blocks[-1].mlp.fc2.weight) is torch.nn.Parameter
     compiled = load_pretrained_encoder(checkpoint=folder, quantization="int8", compile=True)
     for batch, frames in [(2, 64), (1, 200)]:
         expected = encode(eager, batch, frames)
@@ -107,25 +106,27 @@ def test_int8_of_the_full_size(tmp_path, weights):
     assert found.min() > 0.98
 
 
-# Refusals
-
-
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["bfloat16", "int8"])
 def test_trained_weights_in_low_precision(options, request):
-    """BAT-tiny on the example sounds: the outliers of training are what low precision could stumble over."""
+    """BAT-tiny on the example sounds: what training does to weights is what low precision could stumble over.
+
+    Some of its CLS tokens are short, and the error of the last product in 8 bits would turn them by more than this.
+    """
     if "quantization" in options:
         request.getfixturevalue("has_int8")
-    processor = load_audio_processor(num_frames=256)
-    sounds = torch.cat([processor(processor.load_audio(file)) for file in sorted(EXAMPLES.glob("*_*k.*"))])
     model = load_pretrained_encoder(checkpoint=BAT_TINY)
     fast = load_pretrained_encoder(checkpoint=BAT_TINY, **options)
+    pictures = example_pictures()
     with torch.inference_mode():
-        expected = model(sounds).last_hidden_state
-        tokens = fast(sounds.to(fast.dtype)).last_hidden_state.float()
+        expected = model(pictures).last_hidden_state
+        tokens = fast(pictures.to(fast.dtype)).last_hidden_state.float()
     found = cosines(tokens, expected)
     print(f"mean cosine {found.mean():.5f}, smallest {found.min():.5f}")
     assert found.mean() > 0.999
-    assert found.min() > 0.95
+    assert found.min() > 0.98
+
+
+# Refusals
 
 
 def test_int8_without_torchao_is_an_error(folder, monkeypatch):
