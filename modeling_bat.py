@@ -448,6 +448,17 @@ class BatModel(BatPreTrainedModel):
         tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
         return self.pre_norm(torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
+    def _limit_rows(self, rows: int, frames: int, input_features: torch.Tensor) -> int:
+        """How many of so many rows of the input, of so many frames each, to encode at a time.
+
+        All, but in inference on a CPU a clip per core: the working set stays in cache, which is faster than a whole
+        batch and takes less memory.
+        """
+        if input_features.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return rows
+        clip_frames = self.config.chunk_time_patches * self.config.patch_size[0]
+        return min(rows, max(1, torch.get_num_threads() * clip_frames // frames))
+
     def _split_chunks(self, input_features: torch.Tensor) -> list[torch.Tensor]:
         """Cut (B, 1, T, M) along time into passes (B*C, 1, T', M), the chunks of each clip in a row.
 
@@ -459,7 +470,8 @@ class BatModel(BatPreTrainedModel):
         chunk_frames = self.config.chunk_time_patches * time_patch
         whole_frames = frames - frames % chunk_frames
         rest_frames = (frames - whole_frames) // time_patch * time_patch
-        step = max(1, self.config.max_chunks_per_pass // batch) * chunk_frames
+        rows = self._limit_rows(self.config.max_chunks_per_pass, chunk_frames, input_features)
+        step = max(1, rows // batch) * chunk_frames
         passes = [
             input_features[:, :, start : min(start + step, whole_frames)].reshape(-1, 1, chunk_frames, mels)
             for start in range(0, whole_frames, step)
@@ -500,18 +512,12 @@ class BatModel(BatPreTrainedModel):
     def _encode_in_parts(
         self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, mix_patches: Callable | None
     ):
-        """`_encode_pass`, for inference on a CPU with a few rows at a time.
-
-        The working set of one clip per core stays in cache, which is faster than a whole batch and takes less memory.
-        """
+        """`_encode_pass`, with no more rows at a time than `_limit_rows` lets through."""
 
         def join(parts: tuple[list[torch.Tensor], ...]) -> list[torch.Tensor]:
             return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
-        rows = len(chunks)
-        if chunks.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            clip_frames = self.config.chunk_time_patches * self.config.patch_size[0]
-            rows = max(1, torch.get_num_threads() * clip_frames // chunks.shape[2])
+        rows = self._limit_rows(chunks.shape[0], chunks.shape[2], chunks)
         options = output_hidden_states, output_attentions, mix_patches
         parts = [self._encode_pass(part, *options) for part in chunks.split(rows)]
         if len(parts) == 1:
