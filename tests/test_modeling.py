@@ -207,6 +207,15 @@ def test_inference_takes_a_few_clips_per_core(monkeypatch, batch, frames, expect
     torch.testing.assert_close(output.to_tuple(), together.to_tuple(), **CLOSE)
 
 
+def test_long_input_on_a_cpu_passes_as_much_as_stays_in_cache(monkeypatch):
+    """Else every pass would be encoded in parts, whose tokens are joined before they are joined to the others."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, features = tiny_model(), random_features(1, 1, 5 * CHUNK + 32, 128)
+    assert [len(chunks) for chunks in model._split_chunks(features)] == [5, 1]
+    with torch.inference_mode():
+        assert [len(chunks) for chunks in model._split_chunks(features)] == [2, 2, 1, 1]
+
+
 def test_attentions_of_long_inputs():
     model, features = tiny_model(max_chunks_per_pass=4), random_features(2, 1, 3 * CHUNK + 32, 128)
     attentions = model(features, output_attentions=True).attentions
