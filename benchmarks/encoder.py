@@ -97,7 +97,15 @@ class Floor:
     faster code, products are as in Linear.
     """
 
-    def __init__(self, products: list[Product], batch: int, clips: int, biases: bool, device: str, dtype: torch.dtype):
+    def __init__(
+        self,
+        products: list[Product],
+        batch: int,
+        clips: int,
+        biases: bool,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=device, dtype=dtype)
 
@@ -268,6 +276,17 @@ def picture_cases(
     }
 
 
+def short_clips(model: BatModel, batch: int) -> dict[str, Callable[[], Case]]:
+    """The encoder, and its matrix products alone, on clips of 1 s and of 10.24 s."""
+    cases, config = {}, model.config
+    for name, frames, clips in (("1 s", SECOND_FRAMES, batch), ("10.24 s", config.input_shape[0], 1)):
+        make_features = functools.partial(random_features, config, batch, frames)
+        make_floor = functools.partial(Floor, matrix_products(config, frames), batch, clips, biases=True)
+        cases[f"floor of {name}"] = lambda floor=make_floor, features=make_features: Case(floor(), features, batch)
+        cases[name] = lambda features=make_features: Case(model, features, batch)
+    return cases
+
+
 def run(settings: Settings) -> Section:
     section = Section("Encoder")
     folder, batch, rounds = settings.folder, settings.batch, settings.rounds
@@ -310,24 +329,18 @@ def run(settings: Settings) -> Section:
         section.judge(f"{name} encoder / floor", median_ratio(seconds, name, "floor"), at_most=target)
 
     model = load_pretrained_encoder(checkpoint=folder)
-    lengths = {"1 s": SECOND_FRAMES, "10.24 s": config.input_shape[0]}
     for batch in (1, settings.batch):
         together = "alone" if batch == 1 else f"{batch} at a time"
         with progress(f"short clips, {together}"):
-            short, left_out = interleave(
-                {
-                    name: lambda frames=frames, batch=batch: Case(
-                        model, lambda: random_features(config, batch, frames), batch
-                    )
-                    for name, frames in lengths.items()
-                },
-                rounds,
-            )
+            short, left_out = interleave(short_clips(model, batch), rounds)
         section.leave_out(left_out)
         if short:
             section.tables.append(Table(f"Short clips {together}, eager sdpa", timing_rows(short, [*short][-1])))
         share = median_ratio(short, "1 s", "10.24 s")
         section.judge(f"1 s of audio, unpadded / 10.24 s, {together}", share, at_most=0.14)
+        share = median_ratio(short, "floor of 1 s", "floor of 10.24 s")
+        if share is not None:
+            section.notes.append(f"{together}, the matrix products of 1 s take {share:.3f} of the time of 10.24 s")
 
     for name in INT8_WAYS:
         section.judge(f"eager sdpa / {name}", median_ratio(seconds, "eager sdpa", name), at_least=2.0)
@@ -352,17 +365,23 @@ def run(settings: Settings) -> Section:
 def token_cosines(settings: Settings) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
     """Mean and smallest cosine of int8 tokens with float32 ones, over a batch of random pictures and the examples.
 
-    For the checkpoint's weights, and for those of the tests' golden files, which are far from initial ones; and which
-    of the ways fail on this machine or with these weights, and why.
+    For the checkpoint's weights, for those of the tests' golden files, which are far from initial ones, and for
+    BAT-tiny, which is trained; and which of the ways fail on this machine or with these weights, and why.
     """
-    golden = settings.scratch / "golden"
+    golden, tiny = settings.scratch / "golden", settings.scratch / "tiny"
+    tiny.mkdir(exist_ok=True)
     in_fresh_process(write_golden_checkpoint, settings.folder, golden)
     config = BatConfig.from_pretrained(settings.folder)
     processor = load_audio_processor(num_frames=config.input_shape[0])
     sounds = [processor(load_audio(file)) for file in SOUNDS]
     features = torch.cat([random_features(config, len(sounds)), *sounds])
     cosines, left_out = {}, {}
-    for weights, folder, out in (("checkpoint", settings.folder, settings.scratch), ("golden weights", golden, golden)):
+    models = {
+        "checkpoint": (settings.folder, settings.scratch),
+        "golden weights": (golden, golden),
+        "BAT-tiny": (ROOT / "examples" / "bat-tiny", tiny),
+    }
+    for weights, (folder, out) in models.items():
         with torch.inference_mode():
             expected = load_pretrained_encoder(checkpoint=folder).forward_encoder(features)
         for way, make_call in INT8_WAYS.items():
