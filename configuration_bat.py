@@ -36,7 +36,8 @@ class BatConfig(PretrainedConfig):
         pos_trainable: make the position table a trained parameter; otherwise it is a frozen buffer.
         chunk_time_patches: time patches encoded together; longer inputs run as several chunks.
         max_chunks_per_pass: most chunks, over batch and time, that share a forward pass of a long input, which bounds
-            its memory; each clip of a batch has at least one chunk in every pass.
+            its memory (inference on a CPU takes fewer, see `BatModel._limit_rows`); each clip of a batch has at least
+            one chunk in every pass.
         sample_rate: of the waveform, in Hz.
         n_fft: FFT length and length of the Hann window, in samples.
         hop_length: step between frames, in samples.

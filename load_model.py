@@ -12,7 +12,10 @@ Works beside the other files of the repository (a folder on sys.path, a Hub snap
 import argparse
 import os
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -73,7 +76,7 @@ def load_pretrained_encoder(
 
     Raises:
         OSError: no weights could be had, or a download is damaged; the message says where it looked and what to do. Or
-            there is no compiler for `compile`.
+            there is no compiler for `compile`, or no header of Python.
         ValueError: no such device, dtype or quantization, a machine that has no use for it, or a checkpoint that does
             not hold exactly a BAT encoder.
         ImportError: torchao is missing.
@@ -116,7 +119,8 @@ def load_pretrained_encoder(
         from torchao.quantization import quantize_
 
         # The last product, whose inputs have a wide range, rounds right into the output, of which the CLS token can be
-        # small: in 8 bits too, some of BAT-tiny's had a cosine of 0.965 with those of float32, instead of 0.987.
+        # small. With it in 8 bits too, the least cosine of BAT-tiny's tokens with those of float32 was 0.965; without
+        # it, 0.987.
         last_product = model.blocks[-1].mlp.fc2
         quantize_(
             model.blocks,
@@ -157,21 +161,45 @@ def _check_device(device: str | torch.device):
 def check_compiler(device: str | torch.device | None):
     """An OSError where blocks cannot be compiled; else it would come with the first clip, and be long."""
     device_type = torch.device(device or "cpu").type
-    if device_type == "cuda" and not has_triton():
-        raise OSError(
-            "compile=True needs Triton and a GPU of compute capability 7.0 or newer on CUDA. Install a torch build "
-            "that brings Triton, or leave compile out."
-        )
-    if device_type == "cpu":
+    is_linux = sys.platform == "linux"  # elsewhere Triton and Python bring what they need
+    if device_type == "cuda":
+        if not has_triton():
+            raise OSError(
+                "compile=True needs Triton and a GPU of compute capability 7.0 or newer on CUDA. Install a torch build "
+                "that brings Triton, or leave compile out."
+            )
+        candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as Triton chooses
+        compiler = next(filter(None, map(shutil.which, candidates)), None)
+        if is_linux and compiler is None:
+            raise OSError(
+                "compile=True needs a C compiler on CUDA, gcc, clang or what the variable CC names. Install one (for "
+                "example apt install gcc), or leave compile out."
+            )
+    elif device_type == "cpu":
         from torch._inductor import cpp_builder, exc
 
         try:
-            cpp_builder.get_cpp_compiler()
+            compiler = cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler as error:
             raise OSError(
                 "compile=True needs a C++ compiler on a CPU, g++ or what the variable CXX names. Install one (for "
                 "example apt install g++), or leave compile out."
             ) from error
+    else:
+        return
+    if is_linux and not _finds_python_header(compiler):
+        raise OSError(
+            f"compile=True needs Python's header Python.h, which {compiler} does not find. Install it (for example "
+            "apt install python3-dev), or leave compile out."
+        )
+
+
+def _finds_python_header(compiler: str) -> bool:
+    """Asks the compiler, which also looks where variables like CPATH say."""
+    # Torch and Triton too look where Python itself was installed, whatever the scheme for its packages.
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    command = [compiler, "-E", "-x", "c", "-include", "Python.h", *(f"-I{folder}" for folder in folders), os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _quantization_config(quantization: str, device: str | torch.device | None):
@@ -182,18 +210,20 @@ def _quantization_config(quantization: str, device: str | torch.device | None):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
         from torchao.utils import should_reduce_range
     except ImportError as error:
-        raise ImportError(f'quantization="int8" needs torchao 0.18 or newer ({error}): pip install torchao') from error
+        raise ImportError(
+            f'quantization="int8" needs torchao 0.18 or newer ({error}): pip install --upgrade torchao'
+        ) from error
     device = torch.device(device or "cpu")
     if device.type not in ("cpu", "cuda"):
-        reason, instead = f"there is no 8-bit matrix product for {device.type}", 'dtype="bfloat16"'
+        reason, advice = f"there is no 8-bit matrix product for {device.type}", 'Use dtype="bfloat16" instead.'
     elif device.type == "cpu" and should_reduce_range(device):
-        reason, instead = "torch finds no AVX512-VNNI, without which 8 bits are slower than 32", "compile=True"
+        reason, advice = "torch finds no AVX512-VNNI, for which its 8-bit products are made", "Leave quantization out."
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-        instead = 'dtype="float16"'
+        advice = 'Use dtype="float16" instead.'
     else:
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)  # which would hold for other models too
-    raise ValueError(f'quantization="int8" is of no use here: {reason}. Use {instead} instead.')
+    raise ValueError(f'quantization="int8" is of no use here: {reason}. {advice}')
 
 
 def find_weights(checkpoint: str | Path | None = None, revision: str | None = None) -> Path:

@@ -462,8 +462,8 @@ class BatModel(BatPreTrainedModel):
     def _split_chunks(self, input_features: torch.Tensor) -> list[torch.Tensor]:
         """Cut (B, 1, T, M) along time into passes (B*C, 1, T', M), the chunks of each clip in a row.
 
-        Whole chunks share passes of at most `max_chunks_per_pass` rows (a clip's chunk is never split); the shorter
-        rest of the input is a pass of its own.
+        Whole chunks share passes of at most `max_chunks_per_pass` rows, in inference on a CPU fewer, see `_limit_rows`
+        (a clip's chunk is never split); the shorter rest of the input is a pass of its own.
         """
         batch, _, frames, mels = input_features.shape
         time_patch = self.config.patch_size[0]
@@ -486,12 +486,12 @@ class BatModel(BatPreTrainedModel):
         output_hidden_states: bool,
         output_attentions: bool,
         mix_patches: Callable[[torch.Tensor | None, int, torch.Tensor], torch.Tensor | None] | None,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
         """Encode one pass (B*C, 1, T, M) and give what is asked for.
 
         The tokens of the last block, or of every layer; every block's attention weights; and, to mix the patch tokens
-        block by block as `BatHead.mix_patches` does, every block's CLS tokens and the mix. No more than one block's
-        tokens live at a time, unless they are asked for or in the graph of a training step.
+        block by block as `BatHead.mix_patches` does, every block's CLS tokens (L, B*C, D) and the mix. No more than one
+        block's tokens live at a time, unless they are asked for or in the graph of a training step.
         """
         hidden_states = self.embed(chunks)  # (B*C, S, D)
         all_hidden_states, all_attentions, cls_tokens, patch_mix = [], [], [], None
@@ -507,7 +507,9 @@ class BatModel(BatPreTrainedModel):
             if mix_patches is not None:
                 cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
                 patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
-        return [*all_hidden_states, hidden_states], all_attentions, cls_tokens, patch_mix
+        # In one piece, because small tensors all over the freed memory would keep it from being used again.
+        all_cls = torch.stack(cls_tokens) if cls_tokens else None
+        return [*all_hidden_states, hidden_states], all_attentions, all_cls, patch_mix
 
     def _encode_in_parts(
         self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, mix_patches: Callable | None
@@ -523,8 +525,9 @@ class BatModel(BatPreTrainedModel):
         if len(parts) == 1:
             return parts[0]
         layers, attentions, cls_tokens, patch_mixes = zip(*parts, strict=True)
+        all_cls = None if cls_tokens[0] is None else torch.cat(cls_tokens, dim=1)
         patch_mix = None if patch_mixes[0] is None else torch.cat(patch_mixes)
-        return join(layers), join(attentions), join(cls_tokens), patch_mix
+        return join(layers), join(attentions), all_cls, patch_mix
 
     def _merge_attentions(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
         """Join the attention weights of all passes [(B*C, H, S, S)], the last one padded, into (B*C, H, S, S)."""
@@ -585,7 +588,7 @@ class BatModel(BatPreTrainedModel):
         )
         if head is None:
             return output, None
-        all_cls = torch.cat([torch.stack(layers).unflatten(1, (batch, -1)) for layers in cls_tokens], dim=2)
+        all_cls = torch.cat([tokens.unflatten(1, (batch, -1)) for tokens in cls_tokens], dim=2)  # (L, B, C, D)
         whole_mix = None
         if patch_mixes[0] is not None:  # [(B*C, D, t', f')] -> (B, D, t, f')
             mixes = [mix.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for mix in patch_mixes]

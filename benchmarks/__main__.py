@@ -9,7 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bat_audio import BatConfig, BatModel
-from benchmarks import embed, encoder, front_end, gpu, long_audio, memory, startup
+from benchmarks import embed, encoder, front_end, gpu, long_audio, memory, operations, startup
 from benchmarks.harness import ROOT, Settings, describe_machine, markdown, write_report
 
 SECTIONS = {  # what runs each, and where
@@ -19,8 +19,9 @@ SECTIONS = {  # what runs each, and where
     "memory": (memory.run, "cpu"),
     "startup": (startup.run, "cpu"),
     "embed": (embed.run, "cpu"),
+    "profile": (operations.run_cpu, "cpu"),
     "cuda": (gpu.run, "cuda"),
-    "cuda_profile": (gpu.profile, "cuda"),
+    "cuda_profile": (operations.run_cuda, "cuda"),
     "cuda_long_audio": (long_audio.run, "cuda"),
     "cuda_memory": (memory.run, "cuda"),
     "cuda_embed": (embed.run, "cuda"),

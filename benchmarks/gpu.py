@@ -32,8 +32,6 @@ from benchmarks.harness import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 8, 64, 256)
 CEILING_SIZE = 8192  # rows and columns of the product whose speed is the ceiling
-PROFILED_BATCH, PROFILED_CALLS, PROFILED_OPERATIONS = 64, 5, 20
-LONGEST_NAME = 100  # characters of a kernel's name
 WAYS = ("published way", "eager sdpa", "compiled", "timm ViT-B/16")
 
 
@@ -134,45 +132,3 @@ def encoder_calls(
     if batch == 1:  # CUDA graphs, which save the most where kernels are short
         calls["reduce-overhead"] = lambda: torch.compile(ways["eager sdpa"](), fullgraph=True, mode="reduce-overhead")
     return calls
-
-
-def profile(settings: Settings, batch: int = PROFILED_BATCH) -> Section:
-    """Where the compiled encoder and the front end, in bfloat16 and float32, spend their time."""
-    section, device = Section("Profile on CUDA"), settings.device
-    config = BatConfig.from_pretrained(settings.folder)
-    compiled = encoders(settings.folder, device, torch.bfloat16)["compiled"]
-    cases = {
-        **picture_cases({"compiled, bfloat16": compiled}, config, batch, device=device, dtype=torch.bfloat16),
-        "BatAudioProcessor": front_ends(batch, device)["BatAudioProcessor"],
-    }
-    for name, make_case in cases.items():
-        with progress(f"profile of {name}"):
-            section.tables.append(Table(f"{name}, batch {batch}", operations(make_case(), device)))
-    return section
-
-
-@torch.inference_mode()
-def operations(case: Case, device: str) -> list[dict]:
-    """The operations that take the most time by themselves: a GPU's kernels, else torch's operators on the CPU."""
-    is_cuda = torch.device(device).type == "cuda"
-    inputs = [case.make_input() for _ in range(3 + PROFILED_CALLS)]
-    for item in inputs[:3]:  # warms up, and compiles
-        case.call(item)
-    with torch.profiler.profile() as record:
-        for item in inputs[3:]:
-            case.call(item)
-        if is_cuda:
-            torch.cuda.synchronize()
-    kind = torch.autograd.DeviceType.CUDA if is_cuda else torch.autograd.DeviceType.CPU
-    found = [event for event in record.key_averages() if event.device_type == kind]
-    time_of = {event.key: event.self_device_time_total if is_cuda else event.self_cpu_time_total for event in found}
-    total = sum(time_of.values())  # microseconds
-    return [
-        {
-            "operation": event.key[:LONGEST_NAME].replace("|", "/"),
-            "calls": event.count / PROFILED_CALLS,
-            "ms": time_of[event.key] / 1000 / PROFILED_CALLS,
-            "share": time_of[event.key] / total,
-        }
-        for event in sorted(found, key=lambda event: -time_of[event.key])[:PROFILED_OPERATIONS]
-    ]

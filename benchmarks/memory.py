@@ -109,9 +109,8 @@ def run(settings: Settings) -> Section:
 
     with progress("memory of heads"):
         cases = {name: (case, head_batch, folder, device) for name, case in head_memory.CASES.items()}
-        sizes = peaks(1, head_memory.peak_bytes, cases)  # takes longest
+        sizes = peaks(processes, head_memory.peak_bytes, cases)
     section.tables.append(memory_table(f"Frozen encoder with a cgp head, {head_batch} clips", sizes))
     if processes > 1:
-        note = f"Memory was measured {processes} times, of which ratios take the median; with heads once."
-        section.notes.append(note)
+        section.notes.append(f"Memory was measured {processes} times, of which ratios take the median.")
     return section

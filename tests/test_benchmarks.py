@@ -18,8 +18,9 @@ SECTIONS = {
     "long_audio": (2, 3),
     "front_end": (1, 1),
     "memory": (4, 4),
-    "startup": (1, 1),
+    "startup": (1, 2),
     "embed": (1, 3),
+    "profile": (0, 4),
 }
 MAY_BE_LEFT_OUT = ("int8 compiled", "torchaudio")  # on machines that lack instructions, or a torchaudio for this torch
 
@@ -199,7 +200,9 @@ def test_section_runs(section, tiny_checkpoint, tmp_path):
     assert f"## {result['name']}" in (tmp_path / "results.md").read_text()
     assert len(list(tmp_path.glob("*.png"))) == charts
     assert len(result["tables"]) == tables
-    assert result["verdicts"]
+    assert bool(result["verdicts"]) == (section != "profile")
+    is_left_out = any(note.startswith(MAY_BE_LEFT_OUT) for note in result["notes"])
+    assert is_left_out or "unknown" not in [verdict["reached"] for verdict in result["verdicts"]]
     assert [note for note in result["notes"] if "left out" in note and not note.startswith(MAY_BE_LEFT_OUT)] == []
 
 
@@ -225,10 +228,10 @@ def test_gpu_section_runs_on_a_cpu(tiny_checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_profile_tells_what_takes_the_time(tiny_checkpoint, tmp_path):
-    from benchmarks import gpu
+    from benchmarks import operations
 
     settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path)
-    encoder, front_end = gpu.profile(settings, batch=1).tables
+    encoder, front_end = operations.run_cuda(settings, batch=1).tables
     for table, operation in ((encoder, "aten::addmm"), (front_end, "aten::_fft_r2c")):
         rows = {row["operation"]: row for row in table.rows}
         assert rows[operation]["calls"] >= 1

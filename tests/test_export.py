@@ -13,14 +13,17 @@ from conftest import example_pictures, run_python, tiny_model
 from test_convert import HEADS, tiny_probe
 from typer.testing import CliRunner
 
-from bat_audio import BatAudioProcessor, BatModel, load_pretrained_encoder
+from bat_audio import BatAudioProcessor, BatFeatureExtractor, BatModel, load_pretrained_encoder
+from bat_audio.pipeline_bat import BatAudioClassificationPipeline
+from bat_audio.processing_bat import fit_frames
 from bat_audio.tools import export as export_module
 from bat_audio.tools.cli import app
 from bat_audio.tools.demo import BAT_TINY
-from bat_audio.tools.export import ExportGraph, FrontEnd, export
+from bat_audio.tools.export import ExportGraph, FrontEnd, _module_names, export
 
 # Clips and frames: one patch; not a multiple of 16; one whole chunk of 64; longer; two chunks and frames too many.
 SHAPES = [(1, 16), (2, 57), (1, 64), (3, 83), (2, 137)]
+LAST_LINEAR = "encoder.blocks.1.mlp.fc2"  # of the tiny models' two blocks
 
 
 def random_features(batch: int, frames: int) -> torch.Tensor:
@@ -70,9 +73,9 @@ def classifier(exporter, tmp_path_factory):
     model.save_pretrained(folder / "model")
     write_int8 = export_module._write_int8
 
-    def keep_float32(float32, path):
+    def keep_float32(model, float32, path):
         os.link(float32, folder / "float32.onnx")
-        return write_int8(float32, path)
+        return write_int8(model, float32, path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_module, "_write_int8", keep_float32)
@@ -102,9 +105,9 @@ def test_graph_equals_the_model(head, frames, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("changes", [{}, {"n_fft": 512, "hop_length": 200, "top_db": 60.0}])
+@pytest.mark.parametrize("changes", [{}, {"n_fft": 512, "hop_length": 200, "top_db": 60.0}, {"num_frames": 64}])
 def test_front_end_equals_the_processor(shape, changes):
-    processor = BatAudioProcessor(num_frames=None, **changes)
+    processor = BatAudioProcessor(**{"num_frames": None, **changes})
     waveform = random_waveform(*shape)
     torch.testing.assert_close(FrontEnd(processor)(waveform), processor(waveform), rtol=0, atol=1e-4)
 
@@ -145,6 +148,43 @@ def test_onnx_from_waveforms_equals_torch(classifier, shape):
     assert_same(run_onnx(float32, waveform), expected, tolerance=1e-4)
 
 
+@pytest.mark.usefixtures("exporter")
+@pytest.mark.parametrize(("format", "num_frames"), [("onnx", 96), ("pt2", 64)])  # a chunk is 64
+def test_num_frames_gives_what_padded_features_give(tmp_path, format, num_frames):
+    model, path = tiny_probe(**HEADS["linear_cgp"]), tmp_path / f"model.{format}"
+    model.save_pretrained(tmp_path / "model")
+    results = export(tmp_path / "model", path, format=format, from_waveform=True, num_frames=num_frames)
+    assert max(results.values()) < 1e-4
+    extractor = BatFeatureExtractor(num_frames=num_frames)
+    pipe = BatAudioClassificationPipeline(model=model, feature_extractor=extractor, function_to_apply="none")
+    for batch, frames in SHAPES:
+        waveform = random_waveform(batch, frames)
+        expected = expected_outputs(model, BatAudioProcessor(num_frames=num_frames)(waveform))
+        found = run_onnx(path, waveform) if format == "onnx" else torch.export.load(path).module()(waveform)
+        assert_same(found, expected, tolerance=1e-4)
+        if frames <= num_frames:  # the pipeline does not cut
+            scores = {score["label"]: score["score"] for score in pipe(waveform[0])}
+            logits = [scores[label] for label in model.config.id2label.values()]
+            torch.testing.assert_close(torch.as_tensor(found["logits"])[0], torch.tensor(logits), rtol=0, atol=1e-4)
+    if format == "onnx":
+        assert {entry.key: entry.value for entry in onnx.load(path).metadata_props}["num_frames"] == str(num_frames)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exporter")
+@pytest.mark.parametrize(
+    ("head", "frames"),
+    [(head, frames) for head in HEADS for frames in (False, True) if frames or head != "cgp"],  # `classifier` is one
+)
+def test_onnx_of_every_head_equals_torch(tmp_path, head, frames):
+    model = tiny_probe(frames=frames, **HEADS[head])
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "model.onnx", format="onnx")
+    for shape in [(1, 64), (2, 137)]:
+        features = random_features(*shape)
+        assert_same(run_onnx(tmp_path / "model.onnx", features), expected_outputs(model, features))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_close(classifier, shape):
     model, _, int8, results = classifier
@@ -171,12 +211,40 @@ def test_int8_of_trained_weights(exporter, tmp_path):
 
 
 def test_int8_quantises_the_blocks_alone(classifier):
-    _, float32, int8, _ = classifier
-    before, after = ([node.op_type for node in onnx.load(path).graph.node] for path in (float32, int8))
+    model, float32, int8, _ = classifier
+    graph = onnx.load(int8).graph
+    before, after = ([node.op_type for node in nodes] for nodes in (onnx.load(float32).graph.node, graph.node))
     quantised = 2 * 5 - 1  # two blocks of qkv, gate, proj, fc1, fc2, without the last
     assert after.count("MatMulInteger") == quantised
     assert after.count("MatMul") == before.count("MatMul") + before.count("Gemm") - quantised  # a Gemm is split
     assert after.count("Conv") == before.count("Conv")
+    (last,) = (node for node in graph.node if node.op_type == "MatMul" and LAST_LINEAR in _module_names(node))
+    (weight,) = (onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name == last.input[1])
+    assert weight.dtype == np.float32
+    np.testing.assert_array_equal(weight, model.bat.blocks[1].mlp.fc2.weight.detach().numpy().T)
+
+
+def write_products(path, modules: list[str]):
+    """An ONNX file of products of `x` with a weight, one for each module."""
+    nodes, outputs, weights = [], [], []
+    for number, module in enumerate(modules):
+        node = onnx.helper.make_node("MatMul", ["x", f"weight{number}"], [f"y{number}"], name=f"{module} {number}")
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=str(["", module, f"linear_{number}"]))
+        nodes.append(node)
+        outputs.append(onnx.helper.make_tensor_value_info(f"y{number}", onnx.TensorProto.FLOAT, [2, 4]))
+        weights.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), f"weight{number}"))
+    inputs = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])]
+    graph = onnx.helper.make_graph(nodes, "products", inputs, outputs, weights)
+    opset = onnx.helper.make_opsetid("", export_module.OPSET)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+
+
+def test_int8_knows_the_last_product_by_its_name(tmp_path):
+    write_products(tmp_path / "float32.onnx", [LAST_LINEAR, "encoder.blocks.0.mlp.fc2", "head.fc"])
+    export_module._write_int8(tiny_model(), tmp_path / "float32.onnx", tmp_path / "int8.onnx")
+    nodes = onnx.load(tmp_path / "int8.onnx").graph.node
+    assert [node.name for node in nodes if node.op_type == "MatMul"] == [f"{LAST_LINEAR} 0", "head.fc 2"]
+    assert [node.op_type for node in nodes].count("MatMulInteger") == 1
 
 
 def test_onnx_file_tells_what_it_is(classifier):
@@ -189,6 +257,7 @@ def test_onnx_file_tells_what_it_is(classifier):
         assert [tensor.name for tensor in file.graph.output] == ["logits", "last_hidden_state", "pooler_output"]
         metadata = {entry.key: entry.value for entry in file.metadata_props}
         assert metadata["sample_rate"] == "16000"
+        assert "num_frames" not in metadata
         assert json.loads(metadata["id2label"]) == {str(key): name for key, name in model.config.id2label.items()}
         assert "BatForAudioClassification" in metadata["description"]
 
@@ -198,25 +267,32 @@ import sys
 import numpy as np
 import onnxruntime
 
-model, inputs, outputs = sys.argv[1:]
+model, name, inputs, outputs, tolerance = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 expected = np.load(outputs)
-found = session.run(list(expected), {"waveform": np.load(inputs)})
+found = session.run(list(expected), {name: np.load(inputs)})
 for name, output in zip(expected, found, strict=True):
-    np.testing.assert_allclose(output, expected[name], rtol=0, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(output, expected[name], rtol=0, atol=float(tolerance), err_msg=name)
 assert not {"torch", "transformers", "bat_audio"} & set(sys.modules), sys.modules.keys()
 print(*expected)
 """
 
 
 @pytest.mark.slow
-def test_onnx_needs_onnxruntime_alone(classifier, tmp_path):
-    model, path, _, _ = classifier
-    waveform = random_waveform(2, 137)
-    expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(waveform))
-    np.save(tmp_path / "waveform.npy", waveform.numpy())
-    np.savez(tmp_path / "outputs.npz", **{name: tensor.numpy() for name, tensor in expected.items()})
-    arguments = (path, tmp_path / "waveform.npy", tmp_path / "outputs.npz")
+@pytest.mark.parametrize("file", ["encoder", "classifier", "int8"])
+def test_onnx_needs_onnxruntime_alone(file, request, tmp_path):
+    model, path, int8, *_ = request.getfixturevalue("encoder" if file == "encoder" else "classifier")
+    name, inputs, tolerance = "waveform", random_waveform(2, 137), 1e-4
+    if file == "encoder":
+        name, inputs, tolerance = "input_features", random_features(2, 137), 1e-5
+        expected = expected_outputs(model, inputs)
+    elif file == "int8":  # which is only close to torch
+        path, expected, tolerance = int8, run_onnx(int8, inputs), 1e-5
+    else:
+        expected = expected_outputs(model, BatAudioProcessor(num_frames=None)(inputs))
+    np.save(tmp_path / "inputs.npy", inputs.numpy())
+    np.savez(tmp_path / "outputs.npz", **{name: np.asarray(output) for name, output in expected.items()})
+    arguments = (path, name, tmp_path / "inputs.npy", tmp_path / "outputs.npz", tolerance)
     assert run_python(RUN_WITHOUT_TORCH, *arguments).stdout.split() == list(expected)
 
 
@@ -256,6 +332,9 @@ def refuses(tmp_path):
 def test_arguments_that_make_no_sense_are_refused(tmp_path, refuses):
     refuses("format='tflite' is not known; expected 'onnx' or 'pt2'", format="tflite")
     refuses("int8 is made with onnxruntime; leave it out for format='pt2'", int8=True)
+    refuses("num_frames=64 is for from_waveform, .*; without it they come from the caller", num_frames=64)
+    refuses("num_frames=0 must be a positive multiple of 16", num_frames=0, from_waveform=True)
+    refuses("num_frames=65 must be a positive multiple of 16", num_frames=65, from_waveform=True)
     refuses("exists; name another file", FileExistsError, out=tmp_path / "model")
     refuses("there is no folder", FileNotFoundError, out=tmp_path / "no" / "out")
     refuses("No weights at .*no such file", OSError, checkpoint=tmp_path / "nowhere")
@@ -268,8 +347,9 @@ def test_missing_packages_are_named(refuses, monkeypatch):
     refuses("onnxscript.*pip install onnx onnxruntime onnxscript", ImportError, format="onnx")
 
 
-@pytest.mark.usefixtures("exporter")
-def test_graph_that_computes_something_else_is_refused(refuses, monkeypatch):
+@pytest.fixture
+def spoiled_graph(exporter, monkeypatch):
+    """Lets the graph's `pooler_output` be a little different from the model's."""
     forward = ExportGraph.forward
 
     def spoil(graph, inputs):
@@ -277,7 +357,33 @@ def test_graph_that_computes_something_else_is_refused(refuses, monkeypatch):
         return {**outputs, "pooler_output": 1.01 * outputs["pooler_output"]}
 
     monkeypatch.setattr(ExportGraph, "forward", spoil)
+
+
+@pytest.mark.usefixtures("spoiled_graph")
+def test_graph_that_computes_something_else_is_refused(refuses):
     refuses("computes something else .* pooler_output .* differs by")
+
+
+@pytest.mark.usefixtures("spoiled_graph")
+def test_command_that_is_refused_leaves_no_file(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "model.pt2"), "--format", "pt2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "error: The exported graph computes something else than the PyTorch model" in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "fit", [lambda frames: min(frames, 320), lambda frames: max(frames, 320)], ids=["cuts only", "pads only"]
+)
+def test_frames_of_another_number_are_refused(refuses, monkeypatch, fit):
+    def run(waveform):
+        features = BatAudioProcessor(num_frames=None)(waveform)
+        return expected_outputs(tiny_model(), fit_frames(features, fit(features.shape[2])))
+
+    monkeypatch.setattr(export_module, "_write_program", lambda *_: run)
+    refuses("computes something else .* last_hidden_state has the shape", from_waveform=True, num_frames=320)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +444,18 @@ def test_failing_runtimes_are_one_line(refuses, monkeypatch):
     refuses(r"cannot quantise the exported graph \(StrangeError: no such operator\)\.$", format="onnx", int8=True)
 
 
+@pytest.mark.parametrize("modules", [["encoder.blocks.0.mlp.fc2"], [LAST_LINEAR, LAST_LINEAR]])
+def test_int8_without_its_last_product_is_refused(refuses, monkeypatch, modules):
+    def write(model, processor, path):
+        write_products(path, modules)
+        return lambda inputs: expected_outputs(model, inputs)
+
+    monkeypatch.setattr(export_module, "_write_onnx", write)
+    found = modules.count(LAST_LINEAR)
+    reason = rf"cannot quantise the exported graph \(ValueError: {found} products belong to {LAST_LINEAR}, .*\)\.$"
+    refuses(reason, format="onnx", int8=True)
+
+
 def test_graph_that_cannot_be_traced_is_refused(refuses, monkeypatch):
     monkeypatch.setattr(ExportGraph, "forward", lambda graph, inputs: {"pooler_output": inputs[: int(inputs.sum())]})
     refuses(r"torch \S+ cannot export")
@@ -361,10 +479,14 @@ def test_interruption_leaves_nothing_behind(tmp_path, refuses, monkeypatch, erro
 def test_command(tmp_path):
     tiny_probe().save_pretrained(tmp_path / "model")
     arguments = ["export", str(tmp_path / "model"), str(tmp_path / "model.pt2"), "--format", "pt2"]
+    arguments += ["--from-waveform", "--num-frames", "64"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "logits: max difference" in result.output
     assert f"wrote {tmp_path / 'model.pt2'}" in result.output
+    metadata = {"metadata.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=metadata)
+    assert json.loads(metadata["metadata.json"])["num_frames"] == "64"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "model.pt2 exists; name another file, or remove it first." in result.output

@@ -1,6 +1,7 @@
 """Compiled and quantised encoders compute what the plain one does, and say so where the machine cannot have them."""
 
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -106,16 +107,18 @@ def test_int8_of_the_full_size(tmp_path, weights):
     assert found.min() > 0.98
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["bfloat16", "int8"])
-def test_trained_weights_in_low_precision(options, request):
+def test_trained_weights_in_low_precision(options, compile, request):
     """BAT-tiny on the example sounds: what training does to weights is what low precision could stumble over.
 
     Some of its CLS tokens are short, and the error of the last product in 8 bits would turn them by more than this.
     """
     if "quantization" in options:
         request.getfixturevalue("has_int8")
+    torch._dynamo.reset()  # which would leave the blocks as they are after compiling too many others
     model = load_pretrained_encoder(checkpoint=BAT_TINY)
-    fast = load_pretrained_encoder(checkpoint=BAT_TINY, **options)
+    fast = load_pretrained_encoder(checkpoint=BAT_TINY, compile=compile, **options)
     pictures = example_pictures()
     with torch.inference_mode():
         expected = model(pictures).last_hidden_state
@@ -123,7 +126,7 @@ def test_trained_weights_in_low_precision(options, request):
     found = cosines(tokens, expected)
     print(f"mean cosine {found.mean():.5f}, smallest {found.min():.5f}")
     assert found.mean() > 0.999
-    assert found.min() > 0.98
+    assert found.min() > (0.98 if "quantization" in options else 0.97)  # bfloat16: 0.982, and CPUs differ
 
 
 # Refusals
@@ -131,7 +134,7 @@ def test_trained_weights_in_low_precision(options, request):
 
 def test_int8_without_torchao_is_an_error(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ImportError, match=r"needs torchao.*pip install torchao"):
+    with pytest.raises(ImportError, match=r"needs torchao.*pip install --upgrade torchao"):
         load_pretrained_encoder(checkpoint=folder, quantization="int8")
 
 
@@ -140,7 +143,7 @@ def test_int8_where_it_is_of_no_use_is_an_error(folder, monkeypatch):
     with pytest.raises(ValueError, match="of no use here: there is no 8-bit matrix product for meta"):
         load_pretrained_encoder(device="meta", checkpoint=folder, quantization="int8")
     monkeypatch.setattr(utils, "should_reduce_range", lambda device: True)
-    with pytest.raises(ValueError, match=r"of no use here: torch finds no AVX512-VNNI, .*Use compile=True instead"):
+    with pytest.raises(ValueError, match=r"of no use here: torch finds no AVX512-VNNI, .*\. Leave quantization out\.$"):
         load_pretrained_encoder(checkpoint=folder, quantization="int8")
     monkeypatch.setattr(load_model, "_check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -164,6 +167,31 @@ def test_compiling_without_a_compiler_is_an_error(folder):
         pytest.raises(OSError, match=r"compile=True needs a C\+\+ compiler"),
     ):
         load_pretrained_encoder(checkpoint=folder, compile=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings a compiler")
+@pytest.mark.parametrize("variable", [None, "no-such-compiler"])
+def test_compiling_for_a_gpu_without_a_c_compiler_is_an_error(folder, monkeypatch, tmp_path, variable):
+    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "has_triton", lambda: True)
+    if variable is None:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", variable)
+    with pytest.raises(OSError, match=r"compile=True needs a C compiler on CUDA.*apt install gcc"):
+        load_pretrained_encoder(device="cuda", checkpoint=folder, compile=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python brings its header")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compiling_without_python_s_header_is_an_error(folder, monkeypatch, tmp_path, device):
+    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "has_triton", lambda: True)
+    load_model.check_compiler(device)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    with pytest.raises(OSError, match=r"compile=True needs Python's header Python\.h.*apt install python3-dev"):
+        load_pretrained_encoder(device=device, checkpoint=folder, compile=True)
 
 
 def test_compiling_for_a_gpu_without_triton_is_an_error(folder, monkeypatch):

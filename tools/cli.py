@@ -237,16 +237,21 @@ def export(
     out: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
     format: Annotated[str, typer.Option(help="onnx or pt2, a program of torch.export.")],
     from_waveform: Annotated[bool, typer.Option("--from-waveform", help="Take 16 kHz samples, not features.")] = False,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Frames to cut or zero-pad to, with --from-waveform; default: the clip's.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the blocks' linear layers (onnx).")] = False,
 ):
     """Export a model as one file, checked against PyTorch on fresh inputs.
 
     \b
     bat-audio export my-model my-model.onnx --format onnx --from-waveform
+    bat-audio export my-model my-model.onnx --format onnx --from-waveform --num-frames 1024
     """
     from bat_audio.tools.export import export
 
-    for name, value in export(checkpoint, out, format=format, from_waveform=from_waveform, int8=int8).items():
+    options = {"from_waveform": from_waveform, "num_frames": num_frames, "int8": int8}
+    for name, value in export(checkpoint, out, format=format, **options).items():
         typer.echo(f"{name}: {value:.4f}" if "cosine" in name else f"{name}: max difference {value:.1e}")
     typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

@@ -6,6 +6,7 @@ PyTorch model does.
 Shapes: B clips, T frames, M mel bands, D width, C chunks; t = T/16 time patches, f = M/16 mel patches, N = t*f.
 """
 
+import ast
 import json
 import logging
 import math
@@ -37,7 +38,7 @@ ATTENTION = "bat_export"  # under which the masked attention is registered while
 
 
 class FrontEnd(nn.Module):
-    """`BatAudioProcessor` with num_frames=None as a graph: waveforms (B, samples) to features (B, 1, T, M).
+    """`BatAudioProcessor` as a graph: waveforms (B, samples) to features (B, 1, T, M).
 
     The Fourier transform is a convolution with windowed cosines and sines, which every runtime has; unlike in the
     processor, nothing is checked.
@@ -46,6 +47,7 @@ class FrontEnd(nn.Module):
     def __init__(self, processor: BatAudioProcessor):
         super().__init__()
         self.n_fft, self.hop_length, self.top_db = processor.n_fft, processor.hop_length, processor.top_db
+        self.num_frames = processor.num_frames
         basis = torch.view_as_real(torch.fft.rfft(torch.diag(processor.window.double())))  # (n_fft, n_fft/2 + 1, 2)
         self.register_buffer("basis", basis.permute(2, 1, 0).reshape(-1, 1, self.n_fft).float())
         self.register_buffer("mel_filters", processor.mel_filters)
@@ -60,6 +62,9 @@ class FrontEnd(nn.Module):
         low = decibel.amin(dim=(1, 2), keepdim=True)
         # Not the processor's + 1e-8: onnxruntime takes that for adding zero and leaves it out, so that silence is NaN.
         features = ((decibel - low) / (high - low).clamp_min(1e-8)).unsqueeze(1)
+        if self.num_frames is not None:
+            # Long clips are padded too: a condition on the length would tie the graph to one side of it.
+            return nn.functional.pad(features, (0, 0, 0, self.num_frames))[:, :, : self.num_frames]
         frames = features.shape[2]
         whole_frames = (frames + PATCH_FRAMES - 1) // PATCH_FRAMES * PATCH_FRAMES
         return nn.functional.pad(features, (0, 0, 0, whole_frames - frames))
@@ -112,7 +117,7 @@ class ExportGraph(nn.Module):
             return outputs
         if patch_mix is not None:  # (B*C, D, t', f') -> (B, D, t, f')
             patch_mix = patch_mix.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :time_patches]
-        cls_mix = self.head.mix_cls([layer.unflatten(0, (batch, chunks)).mean(dim=1) for layer in cls_tokens])
+        cls_mix = self.head.mix_cls(cls_tokens.unflatten(1, (batch, chunks)).mean(dim=2))
         return {"logits": self.head.classify(cls_mix, patch_mix), **outputs}
 
 
@@ -149,6 +154,7 @@ def export(
     *,
     format: str,
     from_waveform: bool = False,
+    num_frames: int | None = None,
     int8: bool = False,
 ) -> dict[str, float]:
     """Write a model as one file for ONNX runtimes or torch.export, after checking what it computes.
@@ -159,17 +165,20 @@ def export(
     that memory grows with the length. The file is run on fresh inputs of several shapes, some longer than a chunk, and
     compared with the PyTorch model; it appears only if it passes.
 
-    "onnx" is a single file of opset 18 with the input `input_features` or `waveform`. Its metadata tells `sample_rate`
-    and, of a model with a head, `id2label` as JSON and `problem_type`. "pt2" is the program of torch.export, which
-    runs wherever torch does: `torch.export.load("bat.pt2").module()(features)` gives a dict of the outputs. Make it
-    fast with torch.compile, not with AOTInductor, whose package of it computes other values (seen with torch 2.14).
+    "onnx" is a single file of opset 18 with the input `input_features` or `waveform`. Its metadata tells `sample_rate`,
+    `num_frames` where it is given and, of a model with a head, `id2label` as JSON and `problem_type`. "pt2" is the
+    program of torch.export, which runs wherever torch does: `torch.export.load("bat.pt2").module()(features)` gives a
+    dict of the outputs. Make it fast with torch.compile, not with AOTInductor, whose package of it computes other
+    values (seen with torch 2.14).
 
     Args:
         checkpoint: a model folder of `save_pretrained`, `convert` or `finetune`, or a Hub repository "namespace/name".
         out: the file to write, which does not exist.
         format: "onnx" or "pt2".
         from_waveform: take mono clips (B, samples) at the config's rate, at least n_fft/2 + 1 samples in -1..1, which
-            are not checked, and make the features in the graph, as `BatAudioProcessor(num_frames=None)` does.
+            are not checked, and make the features in the graph, as `BatAudioProcessor(num_frames)` does.
+        num_frames: with `from_waveform`, cut or zero-pad the features to so many frames, a multiple of 16, as
+            `BatFeatureExtractor` does for training; None is as long as the clip, rounded up to whole patches.
         int8: quantise the Linear layers of the encoder's blocks but the very last, for "onnx" only: their weights to 8
             bits per output channel and their inputs, while running, by the largest and smallest value over the batch.
 
@@ -178,8 +187,9 @@ def export(
         "mean_cosine" and "min_cosine" of its tokens.
 
     Raises:
-        ValueError: an unknown format, int8 for "pt2", no whole BAT model in the checkpoint, a torch older than 2.11
-            that cannot export it, or an exported graph that computes something else; no file is left then.
+        ValueError: an unknown format, int8 for "pt2", `num_frames` without `from_waveform` or of another size, no whole
+            BAT model in the checkpoint, a torch older than 2.11 that cannot export it, or an exported graph that
+            computes something else; no file is left then.
         OSError: no checkpoint, `out` exists, or it cannot be written.
         ImportError: the packages that write and run ONNX are missing.
     """
@@ -188,6 +198,11 @@ def export(
         raise ValueError(f"format={format!r} is not known; expected {' or '.join(map(repr, FORMATS))}.")
     if int8 and format != "onnx":
         raise ValueError(f"int8 is made with onnxruntime; leave it out for format={format!r}, or choose 'onnx'.")
+    if num_frames is not None and not from_waveform:
+        raise ValueError(
+            f"num_frames={num_frames} is for from_waveform, where the graph makes the features; without it they come "
+            "from the caller, who cuts or pads them."
+        )
     if out.exists():
         raise FileExistsError(f"{out} exists; name another file, or remove it first.")
     if not out.parent.is_dir():
@@ -195,9 +210,11 @@ def export(
     if format == "onnx":
         _check_libraries()
     model = load_folder(_find_folder(checkpoint)).float().eval()
-    processor = BatFeatureExtractor.from_model_config(model.config).processor if from_waveform else None
-    if processor is not None:
-        processor.num_frames = None
+    processor = None
+    if from_waveform:
+        extractor = BatFeatureExtractor.from_model_config(model.config)
+        extractor.num_frames = num_frames
+        processor = extractor.processor  # refuses a wrong num_frames
     checks = _make_checks(model, processor)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, _quiet():
         partial = Path(folder) / f"model.{format}"
@@ -208,7 +225,7 @@ def export(
         if int8:
             float32, partial = partial, Path(folder) / "int8.onnx"
             with _plain_errors("quantise the exported graph"):
-                run = _write_int8(float32, partial)
+                run = _write_int8(model, float32, partial)
             results = _compare_int8(checks, run)
         os.replace(partial, out)
     return results
@@ -273,19 +290,22 @@ def _make_input(
 
 
 def _make_checks(model: BatPreTrainedModel, processor: BatAudioProcessor | None) -> list[tuple[torch.Tensor, dict]]:
-    """Inputs of several shapes, and what the PyTorch model makes of them."""
+    """Inputs of several shapes, and what the PyTorch model makes of them.
+
+    Some are longer than a chunk or, where the processor has `num_frames`, shorter and longer than that.
+    """
     patch_frames, chunk_frames = (
         model.config.patch_size[0],
         model.config.chunk_time_patches * model.config.patch_size[0],
     )
     encoder, head = getattr(model, "bat", model), getattr(model, "head", None)
+    num_frames = None if processor is None else processor.num_frames
+    if num_frames is None:
+        shapes = [(3, 5 * patch_frames + 3), (1, 2 * chunk_frames), (2, chunk_frames + 3 * patch_frames - 1)]
+    else:
+        shapes = [(3, num_frames - 3), (1, num_frames), (2, 2 * num_frames + 3)]
     checks = []
-    for batch, frames in [
-        (1, 1),
-        (3, 5 * patch_frames + 3),
-        (1, 2 * chunk_frames),
-        (2, chunk_frames + 3 * patch_frames - 1),
-    ]:
+    for batch, frames in [(1, 1), *shapes]:
         inputs = _make_input(model, processor, batch, frames)
         with torch.inference_mode():
             output, logits = encoder.encode(inputs if processor is None else processor(inputs), head=head)
@@ -310,7 +330,8 @@ def _trace(model: BatPreTrainedModel, processor: BatAudioProcessor | None) -> to
 
 def _write_program(model: BatPreTrainedModel, processor: BatAudioProcessor | None, path: Path) -> Callable:
     """Write the program of torch.export; returns what runs the file."""
-    torch.export.save(_trace(model, processor), path, extra_files={"metadata.json": json.dumps(_metadata(model))})
+    extra_files = {"metadata.json": json.dumps(_metadata(model, processor))}
+    torch.export.save(_trace(model, processor), path, extra_files=extra_files)
     return torch.export.load(path).module()
 
 
@@ -325,13 +346,16 @@ def _write_onnx(model: BatPreTrainedModel, processor: BatAudioProcessor | None, 
         output_names=outputs if isinstance(model, BatModel) else ["logits", *outputs],
         verbose=False,
     )
-    program.model.metadata_props.update(_metadata(model))
+    program.model.metadata_props.update(_metadata(model, processor))
     program.save(path, external_data=False)
     return _onnx_runner(path)
 
 
-def _write_int8(float32: Path, path: Path) -> Callable:
-    """Quantise the Linear layers of the blocks, but the very last, in an ONNX file; returns what runs the new file."""
+def _write_int8(model: BatPreTrainedModel, float32: Path, path: Path) -> Callable:
+    """Quantise the Linear layers of the blocks, but the very last, in an ONNX file; returns what runs the new file.
+
+    A ValueError if the very last is not there exactly once.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -339,26 +363,42 @@ def _write_int8(float32: Path, path: Path) -> Callable:
     # product of the last block, which rounds right into the output.
     graph = onnx.load(float32).graph
     weights = {tensor.name for tensor in graph.initializer}
-    linears = [
-        node.name
-        for node in graph.node
-        if node.op_type == "MatMul"
-        and node.input[1] in weights
-        and any(".blocks." in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))
+    linears = {
+        node.name: _module_names(node) for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights
+    }
+    last = f"encoder.blocks.{model.config.num_hidden_layers - 1}.mlp.fc2"
+    found = sum(last in names for names in linears.values())
+    if found != 1:
+        raise ValueError(f"{found} products belong to {last}, which stays in float32; expected one")
+    quantised = [
+        name
+        for name, modules in linears.items()
+        if any(module.startswith("encoder.blocks.") for module in modules) and last not in modules
     ]
-    linears.pop()
     # Unsigned weights: CPUs without VNNI add products of signed ones in 16 bits, which overflow unless of 7 bits.
     # That is a little faster but coarser: for one encoder's tokens a mean cosine of 0.987 instead of 0.997.
-    quantize_dynamic(float32, path, nodes_to_quantize=linears, per_channel=True, weight_type=QuantType.QUInt8)
+    quantize_dynamic(float32, path, nodes_to_quantize=quantised, per_channel=True, weight_type=QuantType.QUInt8)
     return _onnx_runner(path)
 
 
-def _metadata(model: BatPreTrainedModel) -> dict[str, str]:
+def _module_names(node) -> list[str]:
+    """The modules, each inside the one before, from which the exporter made a node of an ONNX graph."""
+    return [
+        name
+        for entry in node.metadata_props
+        if entry.key.endswith("name_scopes")  # a list of names as Python writes it
+        for name in ast.literal_eval(entry.value)
+    ]
+
+
+def _metadata(model: BatPreTrainedModel, processor: BatAudioProcessor | None) -> dict[str, str]:
     """What a program that has only the file needs to know."""
     metadata = {
         "description": f"{type(model).__name__} (BAT, Better Audio Transformer, https://arxiv.org/abs/2602.16305)",
         "sample_rate": str(model.config.sample_rate),
     }
+    if processor is not None and processor.num_frames is not None:
+        metadata["num_frames"] = str(processor.num_frames)
     if not isinstance(model, BatModel):
         metadata["id2label"] = json.dumps(model.config.id2label, ensure_ascii=False)
         metadata["problem_type"] = str(model.config.problem_type)
