@@ -386,6 +386,7 @@ def token_cosines(settings: Settings) -> tuple[dict[str, tuple[float, float]], d
             expected = load_pretrained_encoder(checkpoint=folder).forward_encoder(features)
         for way, make_call in INT8_WAYS.items():
             case = f"{way}, {weights}"
+            torch._dynamo.reset()  # which would leave blocks as they are after compiling too many others
             try:
                 call = make_call(folder, out)
                 with torch.inference_mode():

@@ -1,11 +1,7 @@
 """Time from an interpreter that has imported nothing to a model that is ready, beside the least it could take."""
 
 import os
-import re
 import shutil
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Section, Settings, Spread, Table, progress, ratio, run_code
@@ -32,26 +28,12 @@ WAYS = {
 }
 
 
-PACKAGES = 12  # whose imports take longest
-
-
 def make_snapshot(checkpoint: Path, folder: Path):
     """The files of a Hub repository: this package's code with a checkpoint's config and weights."""
     folder.mkdir()
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), checkpoint / "config.json"]:
         shutil.copy(file, folder)
     os.symlink(checkpoint / "model.safetensors", folder / "model.safetensors")
-
-
-def import_times(code: str, folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds that the modules of each package take by themselves when the code is run."""
-    command = [sys.executable, "-X", "importtime", "-c", f"import sys; folder = sys.argv[1]; {code}", str(folder)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    seconds = Counter()
-    for microseconds, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", result.stderr, re.MULTILINE):
-        seconds[module.partition(".")[0]] += int(microseconds) / 1e6
-    return seconds
 
 
 def run(settings: Settings) -> Section:
@@ -71,12 +53,6 @@ def run(settings: Settings) -> Section:
         for way, values in seconds.items()
     ]
     section.tables.append(Table("Import and load in a fresh process", rows, "time / bare", 1))
-    bare, ours = (import_times(WAYS[way], folder, environment) for way in ("bare", "bat_audio"))
-    rows = [
-        {"package": package, "seconds": seconds, "seconds of bare": bare.get(package, 0.0)}
-        for package, seconds in ours.most_common(PACKAGES)
-    ]
-    section.tables.append(Table("What importing bat_audio takes, by package", rows))
     for way in ("load_model.py", "bat_audio", "AutoModel"):
         section.judge(f"ready to run by {way} / bare", ratio(seconds[way], seconds["bare"]).median, at_most=1.15)
         share = ratio(seconds[way], seconds["bare, with PreTrainedModel"]).median

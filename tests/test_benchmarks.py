@@ -18,7 +18,7 @@ SECTIONS = {
     "long_audio": (2, 3),
     "front_end": (1, 1),
     "memory": (4, 4),
-    "startup": (1, 2),
+    "startup": (1, 1),
     "embed": (1, 3),
     "profile": (0, 4),
 }
