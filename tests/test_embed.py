@@ -926,7 +926,7 @@ class TestResuming:
 
     @pytest.mark.slow
     def test_after_ctrl_c(self, many, checkpoint, uninterrupted, tmp_path):
-        for attempt in range(3):  # Python loses a Ctrl-C that comes inside a destructor, and goes on
+        for attempt in range(3):  # Python loses a Ctrl-C inside a destructor or a library's callback, and goes on
             out = tmp_path / f"out_{attempt}"
             process = start(command(many, out, checkpoint, *SMALL), start_new_session=True)
             wait_for_shards(out, 1, process)
@@ -936,7 +936,7 @@ class TestResuming:
             os.killpg(process.pid, signal.SIGINT)  # to the whole group of processes, as a terminal sends it
             os.kill(process.pid, signal.SIGCONT)
             printed, errors = process.communicate()
-            if "Exception ignored" not in errors:
+            if process.returncode == 130:
                 break
         assert process.returncode == 130, errors
         assert printed == ""
