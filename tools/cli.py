@@ -240,7 +240,7 @@ def export(
     num_frames: Annotated[
         int | None, typer.Option(help="Frames to cut or zero-pad to, with --from-waveform; default: the clip's.")
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise the blocks' linear layers (onnx).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Blocks' linear layers but the last in 8 bits (onnx).")] = False,
 ):
     """Export a model as one file, checked against PyTorch on fresh inputs.
 
