@@ -31,14 +31,17 @@ from pyarrow import parquet
 
 from bat_audio import BatAudioProcessor, load_audio, load_pretrained_encoder
 from bat_audio.processing_bat import fit_frames
-from bat_audio.tools import embed as embed_module
-from bat_audio.tools import embed_decode, locking
-from bat_audio.tools.embed import BrokenRecordingError, embed
-from bat_audio.tools.embed_inputs import Input, write_plan
-from bat_audio.tools.embed_settings import EmbedSettings, StartError
+from bat_audio_tools import folders
+from bat_audio_tools.embed import embed
+from bat_audio_tools.embedding import encoder, windows
+from bat_audio_tools.embedding.windows import BrokenRecordingError
+from bat_audio_tools.settings import EmbedSettings, StartError
+from bat_audio_tools.sounds import reading
+from bat_audio_tools.sounds.listing import write_plan
+from bat_audio_tools.sounds.reading import Input
 
 RATE = 16000
-PROGRAM = [sys.executable, "-m", "bat_audio.tools.cli", "embed"]
+PROGRAM = [sys.executable, "-m", "bat_audio_tools.cli", "embed"]
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +170,7 @@ class TestRows:
         ],
     )
     def test_last_window(self, samples, segment, hop, expected):
-        cut = embed_decode.Cut(rate=RATE, shortest=513, segment=segment, hop=hop)
+        cut = windows.Cut(rate=RATE, shortest=513, segment=segment, hop=hop)
         assert [number * hop for number in range(cut.num_windows(samples))] == expected
 
     def test_long_recordings_are_read_in_parts(self, checkpoint, tmp_path):
@@ -176,7 +179,7 @@ class TestRows:
         options = {"segment": 2.0, "hop": 1.5, "num_frames": 16}
         run_embed([str(tmp_path)], tmp_path / "parts", checkpoint, workers=2, **options)
         starts = read(tmp_path / "parts")["start_s"].to_pylist()
-        assert starts[-2] > embed_decode.PART_SECONDS
+        assert starts[-2] > windows.PART_SECONDS
         whole = load_audio(tmp_path / "long.wav")
         model, processor = load_pretrained_encoder(checkpoint=checkpoint), BatAudioProcessor(num_frames=None)
         for row in (0, 1, 57, 80, 81, 99):
@@ -199,11 +202,11 @@ class TestRows:
 
     def test_pools_that_fill_up_keep_the_order(self, sounds, checkpoint, tmp_path, monkeypatch):
         run_embed([str(sounds)], tmp_path / "one", checkpoint, num_frames=16)
-        monkeypatch.setattr(embed_module, "POOL_CLIPS", 3)
-        run_embed([str(sounds)], tmp_path / "pools", checkpoint, num_frames=16)
-        one, pools = read(tmp_path / "one"), read(tmp_path / "pools")
-        assert one.drop(["embedding"]).equals(pools.drop(["embedding"]))
-        torch.testing.assert_close(vectors(one, "embedding"), vectors(pools, "embedding"), rtol=0, atol=1e-5)
+        monkeypatch.setattr("bat_audio_tools.embedding.encoder.BUCKET_WINDOWS", 3)
+        run_embed([str(sounds)], tmp_path / "buckets", checkpoint, num_frames=16)
+        one, buckets = read(tmp_path / "one"), read(tmp_path / "buckets")
+        assert one.drop(["embedding"]).equals(buckets.drop(["embedding"]))
+        torch.testing.assert_close(vectors(one, "embedding"), vectors(buckets, "embedding"), rtol=0, atol=1e-5)
 
     def test_float16_is_rounded_float32(self, sounds, checkpoint, tmp_path):
         options = {"frames": True, "layers": "2"}
@@ -254,7 +257,7 @@ class TestInputs:
 
     def test_a_file_in_the_folders_place(self, sounds, checkpoint, tmp_path, monkeypatch):
         """It is refused before the weights are loaded or a cluster is asked."""
-        monkeypatch.setattr("bat_audio.tools.embed.engine", None)
+        monkeypatch.setattr("bat_audio_tools.embed.engine", None)
         (tmp_path / "out").write_text("not a table")
         with pytest.raises(ValueError, match="out: a file; name a folder to write"):
             run_embed([str(sounds)], tmp_path / "out", checkpoint)
@@ -383,7 +386,7 @@ class TestInputs:
         assert [row[1] for row in listed] == [*inputs[:2], str(tmp_path / "memory:/x.wav")]
 
     def test_rows_of_one_long_recording_share_shards(self, sounds, checkpoint, tmp_path, monkeypatch):
-        monkeypatch.setattr("bat_audio.tools.embed_inputs.UNIT_BYTES", 50_000)  # the file has 650 kB
+        monkeypatch.setattr("bat_audio_tools.sounds.listing.UNIT_BYTES", 50_000)  # the file has 650 kB
         shutil.copy(sounds / "two.wav", tmp_path)
         rows = "".join(f"two.wav,{second},0.2\n" for second in range(8))
         rest = "".join(f"two.wav,{second},\n" for second in (18, 19, 20))
@@ -493,12 +496,12 @@ class TestBrokenFiles:
             return load_audio(source, start, *arguments)
 
         run_embed([str(sounds)], tmp_path / "whole", checkpoint, num_frames=16)
-        monkeypatch.setattr(embed_decode, "load_audio", load)
-        monkeypatch.setattr(embed_decode, "PART_SECONDS", 10)
+        monkeypatch.setattr(reading, "load_audio", load)
+        monkeypatch.setattr(windows, "PART_SECONDS", 10)
         run_embed([str(sounds)], tmp_path / "out", checkpoint, workers=workers, num_frames=16)
         errors = [(Path(row["path"]).name, row["start_s"], row["end_s"]) for row in read_errors(tmp_path / "out")]
         assert errors == [("second_2.wav", 0, 10.24), ("long.flac", 20.48, pytest.approx(51.2))]
-        assert all(row["error"] == embed_decode.KILLS for row in read_errors(tmp_path / "out"))
+        assert all(row["error"] == windows.KILLS for row in read_errors(tmp_path / "out"))
         left_out = [("second_2.wav", 0.0), *(("long.flac", start) for start in (20.48, 30.72, 40.96))]
         whole = read(tmp_path / "whole").select(["path", "start_s", "end_s"]).to_pylist()
         expected = [row for row in whole if (Path(row["path"]).name, round(row["start_s"], 2)) not in left_out]
@@ -527,13 +530,13 @@ class TestBrokenFiles:
             os.chmod(f"{folder}/open.wav", 0o644)
             os.chmod(f"{folder}/closed.wav", 0)
             load_audio(sounds / "second_0.wav")  # the other user may not even read the libraries
-            cut = embed_decode.Cut(rate=RATE, shortest=513, segment=None, hop=0)
+            cut = windows.Cut(rate=RATE, shortest=513, segment=None, hop=0)
             reading, writing = os.pipe()
             if not (child := os.fork()):
                 try:
                     os.setuid(65534)
                     found = [
-                        embed_decode.decode_first(cut, Input(name, f"{folder}/{name}"), None).stretches[0].error
+                        windows.decode_first(cut, Input(name, f"{folder}/{name}"), None).stretches[0].error
                         for name in ("open.wav", "closed.wav")
                     ]
                     os.write(writing, json.dumps(found).encode())
@@ -595,7 +598,7 @@ class TestLengthsThatHeadersDoNotTell:
                 reads.value += 1
             return load_audio(*arguments)
 
-        monkeypatch.setattr(embed_decode, "load_audio", load)
+        monkeypatch.setattr(reading, "load_audio", load)
         run_embed([str(tmp_path)], tmp_path / "out", checkpoint, num_frames=16, workers=workers)
         assert self.places(tmp_path / "out") == [(0, 10.24), (10.24, 20.48)]
         last = read_errors(tmp_path / "out")[-1]
@@ -608,7 +611,7 @@ class TestLengthsThatHeadersDoNotTell:
         samples[[5 * RATE, 121 * RATE]] = np.nan
         soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(embed_decode, "known_seconds", lambda source: None)
+            patch.setattr(windows, "known_seconds", lambda source: None)
             run_embed([str(tmp_path / "x.wav")], tmp_path / "out", checkpoint, segment=10.0, num_frames=16)
         assert [start for start, _ in self.places(tmp_path / "out")] == [*range(10, 120, 10), 130]
         assert [row["start_s"] for row in read_errors(tmp_path / "out")] == [0, 120]
@@ -706,22 +709,22 @@ class TestLengthsThatHeadersDoNotTell:
 
     def test_overlapping_windows_are_sent_once(self, tmp_path):
         soundfile.write(tmp_path / "x.wav", self.noise(150), RATE)
-        cut = embed_decode.Cut(rate=RATE, shortest=513, segment=163840, hop=2560)
+        cut = windows.Cut(rate=RATE, shortest=513, segment=163840, hop=2560)
         item = Input("x", str(tmp_path / "x.wav"))
-        part = next(cut.parts(embed_decode.decode_first(cut, item, None).rest))
-        found = embed_decode.decode_part(cut, item, None, part)
+        part = next(cut.parts(windows.decode_first(cut, item, None).rest))
+        found = windows.decode_part(cut, item, None, part)
         assert len(part) == 750
         assert len(pickle.dumps(found)) < 1.2 * 4 * (120 + 10.24) * RATE
-        clips = [clip for stretch in found.stretches for clip in cut.clips(item, stretch)]
-        assert len(clips) == 750
+        cut_out = [window for stretch in found.stretches for window in cut.windows(item, stretch)]
+        assert len(cut_out) == 750
         whole = load_audio(tmp_path / "x.wav").numpy()
         for number in (1, 400, 750):
             expected = whole[2560 * number :][:163840]
-            np.testing.assert_allclose(clips[number - 1].samples, expected, atol=1e-5)
+            np.testing.assert_allclose(cut_out[number - 1].samples, expected, atol=1e-5)
 
     def test_samples_that_wait_are_bounded(self, tmp_path, monkeypatch):
         """Not the number of recordings."""
-        monkeypatch.setattr(embed_decode, "READ_AHEAD_BYTES", 4000)
+        monkeypatch.setattr(windows, "READ_AHEAD_BYTES", 4000)
         begun, calls = [], 0
 
         class Counting(ThreadPoolExecutor):
@@ -729,8 +732,8 @@ class TestLengthsThatHeadersDoNotTell:
                 begun.append(arguments)
                 return super().submit(*arguments)
 
-        def decode(size: int) -> embed_decode.Found:
-            return embed_decode.Found([embed_decode.Stretch(range(1), np.zeros(size, np.float32))])
+        def decode(size: int) -> windows.Found:
+            return windows.Found([windows.Stretch(range(1), np.zeros(size, np.float32))])
 
         most = {100: 8, 500: 2, 5000: 1}  # samples: how many are under way then
         for size, expected in most.items():
@@ -738,7 +741,7 @@ class TestLengthsThatHeadersDoNotTell:
             with Counting(2) as executor:
                 tasks = ((0, (size,)) for _ in range(40))
                 waiting = []
-                for calls, _ in enumerate(embed_decode.read_ahead(executor, decode, tasks, 8), start=1):
+                for calls, _ in enumerate(windows.read_ahead(executor, decode, tasks, 8), start=1):
                     waiting.append(len(begun) - calls)
             assert calls == 40
             assert max(waiting) <= expected
@@ -750,9 +753,9 @@ class TestReadingBack:
     @staticmethod
     def table(sounds, checkpoint, tmp_path_factory):
         out = tmp_path_factory.mktemp("table") / "out"
-        run_embed([str(sounds)], out, checkpoint, shard_size=5, frames=True, layers="1")
+        run_embed([str(sounds)], out, checkpoint, shard_size=5, tokens=True, layers="1")
         (out.parent / "half").mkdir()
-        run_embed([str(sounds)], out.parent / "half" / "out", checkpoint, shard_size=5, frames=True, float16=True)
+        run_embed([str(sounds)], out.parent / "half" / "out", checkpoint, shard_size=5, tokens=True, float16=True)
         return out
 
     def test_pandas_and_pyarrow(self, table):
@@ -958,7 +961,7 @@ class TestResuming:
         def limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))  # bytes of a file; as if the disk was full then
 
-        options = ("--shard-size", 20, "--frames", "--segment", 0.5, "--num-frames", 16)
+        options = ("--shard-size", 20, "--tokens", "--segment", 0.5, "--num-frames", 16)
         process = start(command(many, tmp_path / "out", checkpoint, *options), preexec_fn=limit)
         _, errors = process.communicate()
         assert process.returncode == 1, errors
@@ -978,7 +981,7 @@ class TestResuming:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("bat_audio.tools.embed_table.ShardWriter.add", fail)
+            patch.setattr("bat_audio_tools.embedding.table.ShardWriter.add", fail)
             with pytest.raises(OSError, match=r"No space left on device \(0 of 4 shards"):
                 run_embed([str(sounds)], tmp_path / "out", checkpoint, shard_size=3)
         assert unfinished(tmp_path / "out") == []
@@ -987,7 +990,7 @@ class TestResuming:
 
     def test_of_a_finished_run_computes_nothing(self, sounds, checkpoint, tmp_path, monkeypatch):
         first = run_embed([str(sounds)], tmp_path / "out", checkpoint)
-        monkeypatch.delattr(embed_module, "Encoder")
+        monkeypatch.delattr("bat_audio_tools.embedding.stages.Encoder")
         second = run_embed([str(sounds)], tmp_path / "out", checkpoint)
         assert all(first[name] == second[name] for name in ("files", "rows", "failed", "audio_hours"))
 
@@ -1085,7 +1088,7 @@ class TestResuming:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual.")
 
         with monkeypatch.context() as patch:
-            patch.setattr(embed_module.Encoder, "__call__", fail)
+            patch.setattr(encoder.Encoder, "__call__", fail)
             with pytest.raises(
                 OSError, match=r"OutOfMemoryError: CUDA out of memory\. .*GiB\. A smaller .*--batch-size"
             ):
@@ -1095,8 +1098,8 @@ class TestResuming:
         assert_same_table(tmp_path / "out", tmp_path / "whole")
 
     def test_beside_another_run_is_refused(self, sounds, checkpoint, tmp_path, monkeypatch):
-        monkeypatch.setattr(locking, "LOCK_WAIT", 0.2)
-        with locking.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
+        monkeypatch.setattr(folders, "LOCK_WAIT", 0.2)
+        with folders.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
             run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
         run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
 
@@ -1113,7 +1116,7 @@ class TestResuming:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"bat_audio.tools.embed_table.Table.{name}", fail)
+            patch.setattr(f"bat_audio_tools.embedding.table.Table.{name}", fail)
             with pytest.raises(OSError, match=r"No space left on device \(.*the same command goes on") as failure:
                 run_embed([str(sounds / "a")], tmp_path / "out", checkpoint)
         assert not isinstance(failure.value, StartError)  # whose exit status would be 2
@@ -1127,18 +1130,18 @@ class TestResuming:
 
 class TestNotFinite:
     def test_too_large_for_float16(self, sounds, checkpoint, tmp_path, monkeypatch):
-        call = embed_module.Encoder.__call__
+        call = encoder.Encoder.__call__
 
         def scale(*arguments):
             rows = call(*arguments)
             rows[0]["tokens"] = rows[0]["tokens"] * 1e6
             return rows
 
-        monkeypatch.setattr(embed_module.Encoder, "__call__", scale)
+        monkeypatch.setattr(encoder.Encoder, "__call__", scale)
         inputs = [str(sounds / f"second_{number}.wav") for number in range(3)]
         with pytest.raises(BrokenRecordingError, match=r"column tokens of .*second_0\.wav at 0\.00 s\. .*--float16"):
-            run_embed(inputs, tmp_path / "16", checkpoint, frames=True, float16=True)
-        run_embed(inputs, tmp_path / "32", checkpoint, frames=True)
+            run_embed(inputs, tmp_path / "16", checkpoint, tokens=True, float16=True)
+        run_embed(inputs, tmp_path / "32", checkpoint, tokens=True)
 
     def test_nan_of_the_model(self, sounds, checkpoint, tmp_path):
         model = load_pretrained_encoder(checkpoint=checkpoint)

@@ -237,7 +237,7 @@ def test_formats(clone):
 def test_demo_transcript(tmp_path):
     transcript = re.search(r"and prints\n\n```text\n(.*?)```", PAGES["README"], re.DOTALL)[1]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None}
-    printed = run([sys.executable, "-m", "bat_audio.tools.demo"], **nowhere).stdout
+    printed = run([sys.executable, "-m", "bat_tiny.demo"], **nowhere).stdout
     printed, transcript = (text[text.index("***") :].split() for text in (printed, transcript))
     for word, expected in zip(printed, transcript, strict=True):
         if re.fullmatch(r"-?\d\.\d\d", expected):
