@@ -88,17 +88,21 @@ of them synthesised, and its figures say nothing about the published model. Take
 recordings for real work.
 
 ```python
-from bat_audio import load_pretrained_encoder
+from transformers import pipeline
 
-model = load_pretrained_encoder(checkpoint="examples/bat-tiny")
+embed = pipeline("feature-extraction", model="examples/bat-tiny", trust_remote_code=True)
+embedding = embed("examples/tabla_loop_44k.mp3")  # 192 numbers
 ```
 
-The weights here are rounded to float16, and were judged so; the package computes with them in float32. `bat-audio
-publish FOLDER NAMESPACE/NAME` makes a repository of them, in float32, that loads with `trust_remote_code`. From
-nothing:
+This folder holds the code that it needs, so `AutoModel` and `AutoFeatureExtractor` load it in the same way. With the
+package `bat_audio` installed, `load_pretrained_encoder(checkpoint="examples/bat-tiny")` needs no remote code, and
+`bat-audio embed`, `show` and `finetune` take the model with `--checkpoint examples/bat-tiny`.
+
+The weights are stored in float16, and the results below are of these rounded weights; the model computes in float32.
+This command makes the model from nothing, in `build/bat-tiny/model`:
 
 ```bash
-python -m bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
+python -m bat_tiny build/bat-tiny
 ```
 
 ## Results
@@ -134,8 +138,8 @@ steps:
 
 ## Sounds
 
-Made by `python -m bat_tiny.sounds` of these Debian packages, which keep their licences; the sounds
-do not come with the model. Some of the sounds in the repository's `examples/` are among them.
+Made by `python -m bat_tiny.sounds` of these Debian packages, which keep their licences; the sounds do not come with the
+model. Some of the sounds in the repository's `examples/` are among them.
 
 {packages}
 
@@ -268,17 +272,11 @@ def probe(encoder: Path, tasks: Path, work: Path) -> dict[str, dict[str, float]]
 
 
 def store(encoder: Path, out: Path):
-    """Write the encoder to a new model folder, in float16 and without code: the package has it, and publish adds it."""
+    """Write the encoder to a new model folder, in float16, with all that loads it with remote code."""
     BatModel.from_pretrained(encoder).half().save_pretrained(out)
-    for code in out.glob("*.py"):
-        code.unlink()
     config = json.loads((out / "config.json").read_text())
-    del config["auto_map"], config["custom_pipelines"]
-    config["dtype"] = "float32"  # The weights are in float16, but are computed with in float32.
+    config["dtype"] = "float32"  # The weights are stored in float16, but computed with in float32.
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    features = json.loads((out / "preprocessor_config.json").read_text())
-    del features["auto_map"]
-    (out / "preprocessor_config.json").write_text(json.dumps(features, indent=2) + "\n")
 
 
 def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: dict):
@@ -331,7 +329,6 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
         ),
         training=body[body.index("## Pre-training") :].strip(),
     )
-    metadata = metadata.replace("- custom_code\n", "")
     (model / "README.md").write_text(f"---\n{metadata}---\n\n{card}")
 
 
