@@ -1,4 +1,4 @@
-"""Names that users give: of files and addresses, of Hub repositories, and as a model card may tell them."""
+"""What users call things: files and addresses, Hub repositories, and how a model card may tell them."""
 
 import os
 import re
@@ -14,6 +14,27 @@ def is_address(path: str) -> bool:
     return ("://" in path or "::" in path) and not os.path.lexists(path)
 
 
+def check_file(path: str | Path):
+    """Raise a FileNotFoundError if a path is neither an address nor that of a file; a device or pipe is one."""
+    if not is_address(str(path)) and (not os.path.exists(path) or os.path.isdir(path)):
+        raise FileNotFoundError(f"{path}: {'a folder; name a file in it' if os.path.isdir(path) else 'no such file'}.")
+
+
+def check_folder(path: str | Path):
+    """Raise a FileNotFoundError if a path is neither an address nor that of a folder."""
+    if not is_address(str(path)) and not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: no such folder.")
+
+
+def check_checkpoint(checkpoint: str | None):
+    """Raise a FileNotFoundError if nothing is there, and the name cannot be one of the Hub; None is always right."""
+    if checkpoint is not None and not os.path.exists(checkpoint) and not hub_id(checkpoint):
+        raise FileNotFoundError(
+            f"No weights at {checkpoint}: no such file or folder. Expected a folder with config.json and "
+            'model.safetensors, a .safetensors file, or a Hub repository "namespace/name".'
+        )
+
+
 def hub_id(value: Any) -> str | None:
     """The value, if it may be the name of a Hub repository and is no file here."""
     if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
@@ -26,11 +47,11 @@ def hub_id(value: Any) -> str | None:
 
 
 def public_name(value: Any) -> str:
-    """What a card may tell of a setting: of a path the last part, without the folders of one's own machine."""
+    """What a card may tell of a setting; of a path it is only the last part, not the folders around it."""
     if isinstance(value, list | tuple):
         return ", ".join(map(public_name, value))
     if not isinstance(value, str | Path | int | float | None):
-        return type(value).__name__  # such as a dataset in memory
+        return type(value).__name__  # A dataset in memory, for example, has no name of its own.
     text = str(value)
     is_path = isinstance(value, Path) or os.path.exists(text)
     if is_path or text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():
