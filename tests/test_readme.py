@@ -34,7 +34,7 @@ SHORT = {
 SHORT_IN_PYTHON = {"steps=200": 'steps=2, batch_size=4, num_frames=112, report_to="none"'}
 # A process that has imported what takes long, but nothing of BAT, and forks for every program: each starts afresh, but
 # in no time. Of a line on standard input it runs "code" with the rest as a snippet, or the rest as a module or a script
-# with its arguments, writes what that prints to a file, and answers with the exit status.
+# with its arguments, writes what that prints to a file and its errors to another, and answers with the exit status.
 PROGRAMS = """
 import json, os, runpy, sys
 import accelerate, datasets, matplotlib.pyplot, pandas, sklearn.metrics, torch
@@ -46,11 +46,10 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
-printed, (kind, program, *arguments) = json.loads(line)
+printed, errors, (kind, program, *arguments) = json.loads(line)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-os.dup2(file, 1)
-os.dup2(file, 2)
+for place, file in ((1, printed), (2, errors)):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), place)
 sys.argv = [program, *arguments]
 if kind == "code":
     exec(compile(program, "snippet", "exec"), {"__name__": "__main__"})
@@ -65,7 +64,8 @@ class Clone:
     """A copy of the repository in `folder`, with an encoder of this config and data to train on, and a Hub."""
 
     def __init__(self, parent: Path, site: Path, config: BatConfig):
-        self.folder, self.printed, self.weights = parent / "bat", parent / "printed.txt", parent / "model.safetensors"
+        self.folder, self.weights = parent / "bat", parent / "model.safetensors"
+        self.printed, self.errors = parent / "printed.txt", parent / "errors.txt"
         self.folder.mkdir()
         for file in SNAPSHOT_FILES:
             shutil.copy(file, self.folder)
@@ -144,11 +144,10 @@ class Clone:
         raise AssertionError(f"No test runs {shlex.join(words)}")
 
     def run_program(self, kind: str, *words: str) -> str:
-        self.process.stdin.write(json.dumps([str(self.printed), [kind, *words]]) + "\n")
+        self.process.stdin.write(json.dumps([str(self.printed), str(self.errors), [kind, *words]]) + "\n")
         self.process.stdin.flush()
-        status = self.process.stdout.readline().strip()
-        printed = self.printed.read_text()
-        assert status == "0", (words, status, printed)
+        status, printed = self.process.stdout.readline().strip(), self.printed.read_text()
+        assert status == "0", (words, status, printed, self.errors.read_text())
         return printed
 
 
