@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -96,12 +97,52 @@ def run(command: list[str], cwd: Path | None = None, check: bool = True, **envir
     return result
 
 
+RUN_COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from bat_audio.tools.cli import app
+results = [CliRunner().invoke(app, words, prog_name="bat-audio") for words in json.loads(sys.argv[1])]
+print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
+"""
+
+
+def run_commands(*commands: list) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of commands of bat-audio, one after the other in one fresh interpreter."""
+    printed = run_python(RUN_COMMANDS, json.dumps([list(map(str, words)) for words in commands])).stdout
+    return [tuple(result) for result in json.loads(printed.splitlines()[-1])]
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
     """A tiny encoder for which 10.24 s are four chunks."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_model(chunk_time_patches=16).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory) -> Path:
+    """Recordings of several formats, rates, channels and lengths, in folders."""
+    folder = tmp_path_factory.mktemp("recordings")
+    (folder / "a" / "b").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, seconds: float, rate: int, channels: int = 1, **form):
+        shape = (round(seconds * rate), channels)
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(shape).clip(-5, 5), rate, **form)
+
+    write("a/exact.wav", 10.24, 8000)
+    write("a/long.flac", 45.5, 8000)
+    write("a/b/stereo.wav", 3.3, 44100, channels=2)
+    write("a/b/short.wav", 0.1, 16000, subtype="PCM_U8")
+    write("mp3.mp3", 12.0, 22050)
+    write("ogg.ogg", 11.0, 48000)
+    write("two.wav", 20.48, 16000, subtype="FLOAT")
+    for number in range(5):
+        write(f"second_{number}.wav", 1.0, 16000)
+    (folder / "notes.txt").write_text("no sound")
+    write(".hidden.wav", 1.0, 16000)
+    return folder
 
 
 @pytest.fixture(scope="session")

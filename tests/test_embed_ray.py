@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_embed import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
+from embed_tables import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
 
 from bat_audio.tools import embed as embed_module
 from bat_audio.tools import embed_decode
