@@ -1,6 +1,7 @@
 """What the tests of embedding share: a run in this process, what its table holds, and recordings that are broken."""
 
 import io
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def run_embed(inputs, out, checkpoint, **options) -> dict:
 
 def run_embed_alone(*arguments, **options):
     """The same in a process of its own, with the threads that a test's process has."""
+    multiprocessing.set_start_method(None, force=True)  # as in any process, however this one was started
     torch.set_num_threads(THREADS)
     run_embed(*arguments, **options)
 
