@@ -10,7 +10,7 @@ INSTALLED = $(VENV)/.installed
 
 demo: $(INSTALLED)
 	@echo "Looking for the pretrained weights ..."
-	$(VENV)/bin/python -m bat_audio.tools.demo
+	$(VENV)/bin/python -m bat_tiny.demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)

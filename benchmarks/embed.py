@@ -14,11 +14,13 @@ import soundfile
 import torch
 
 from bat_audio import BatConfig, BatModel
-from bat_audio.tools.embed import Encoder, Stages, begin, embed
-from bat_audio.tools.embed_decode import DecodingProcesses, decode_first
-from bat_audio.tools.embed_inputs import Input
-from bat_audio.tools.embed_settings import EmbedSettings
-from bat_audio.tools.embed_table import Table as EmbeddingTable
+from bat_audio_tools.embed import begin, embed
+from bat_audio_tools.embedding.encoder import Encoder
+from bat_audio_tools.embedding.stages import Stages
+from bat_audio_tools.embedding.table import Table as EmbeddingTable
+from bat_audio_tools.embedding.windows import DecodingProcesses, decode_first
+from bat_audio_tools.settings import EmbedSettings
+from bat_audio_tools.sounds.reading import Input
 from benchmarks.harness import (
     Case,
     Section,
@@ -80,7 +82,7 @@ def throughput(settings: Settings, section: Section):
                 encoder.model(features)
 
         def embed_all(_: None):
-            found = (clip for _, clip in stages.clips([0], executor, workers))
+            found = (clip for _, clip in stages.windows([0], executor, workers))
             stages.write(0, found, encoder, lambda **_: None)
 
         def case(call: Callable) -> Callable[[], Case]:
@@ -102,7 +104,7 @@ def stage_cases(folder: Path, stages: Stages, encoder: Encoder) -> dict[str, Cal
     """Each stage by itself."""
     files = {suffix: str(min(folder.glob(f"*.{suffix}"))) for suffix in FORMATS}
     item = Input("", files["wav"])
-    clip = next(stages.cut.clips(item, decode_first(stages.cut, item, None).stretches[0]))
+    clip = next(stages.cut.windows(item, decode_first(stages.cut, item, None).stretches[0]))
     batch = encoder.settings.batch_size
     features = torch.rand(batch, 1, 1024, 128, device=encoder.device).to(encoder.model.dtype)
 

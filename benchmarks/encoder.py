@@ -231,7 +231,7 @@ def exported_session(folder: Path, out: Path, int8: bool = False) -> Callable:
 
 def export_once(folder: Path, file: Path, **options) -> Path:
     """The file, made if it is not there."""
-    from bat_audio.tools.export import export
+    from bat_audio_tools.export import export
 
     if not file.exists():
         export(folder, file, **options)

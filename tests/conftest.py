@@ -100,7 +100,7 @@ def run(command: list[str], cwd: Path | None = None, check: bool = True, **envir
 RUN_COMMANDS = """
 import json, sys
 from typer.testing import CliRunner
-from bat_audio.tools.cli import app
+from bat_audio_tools.cli import app
 results = [CliRunner().invoke(app, words, prog_name="bat-audio") for words in json.loads(sys.argv[1])]
 print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
 """

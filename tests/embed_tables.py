@@ -12,8 +12,8 @@ import torch
 from conftest import THREADS
 from pyarrow import parquet
 
-from bat_audio.tools.embed import embed
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio_tools.embed import embed
+from bat_audio_tools.settings import EmbedSettings
 
 RATE = 16000  # Hz
 

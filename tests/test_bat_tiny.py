@@ -16,9 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from bat_audio import BatModel, load_pretrained_encoder
 from bat_audio.load_model import load_audio_processor
-from bat_audio.tools import bat_tiny
-from bat_audio.tools.bat_tiny_sounds import SCENES
-from bat_audio.tools.demo import BAT_TINY, EXAMPLES, similarities, time_statistics
+from bat_tiny import model as bat_tiny
+from bat_tiny.demo import BAT_TINY, EXAMPLES, similarities, time_statistics
+from bat_tiny.sounds import SCENES
 
 RESULTS = json.loads((BAT_TINY / "results.json").read_text())
 # Percentage points by which the shipped model is at least better than all others, by task and method.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from bat_audio.tools.bat_tiny_sounds import (
+from bat_tiny.sounds import (
     ACCENTS,
     FAMILIES,
     LANGUAGES,
@@ -182,7 +182,7 @@ def test_the_packages_and_their_licences_are_noted(made):
 
 @needs_programs
 def test_nothing_is_left_of_a_build_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("bat_audio.tools.bat_tiny_sounds.PACKAGES", {"iso-codes": "names"})
+    monkeypatch.setattr("bat_tiny.sounds.PACKAGES", {"iso-codes": "names"})
     (tmp_path / "debs").mkdir()
     (tmp_path / "debs" / "iso-codes_0_all.deb").write_text("no package")
     with pytest.raises(RuntimeError, match=r"dpkg-deb .*iso-codes_0_all\.deb .* failed"):

@@ -13,7 +13,7 @@ from conftest import run_python, tiny_config
 from huggingface_hub import ModelCard
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, BatModel
-from bat_audio.tools.card import block_weights_figure, loss_figure, write_card, write_encoder_card
+from bat_audio_tools.training.card import block_weights_figure, loss_figure, write_card, write_encoder_card
 
 ODD_NAMES = [
     "rain | wind",

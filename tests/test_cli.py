@@ -7,7 +7,7 @@ import typer.main
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from bat_audio.tools.cli import app
+from bat_audio_tools.cli import app
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -53,7 +53,7 @@ def test_ctrl_c_is_one_line(arguments, message, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"bat_audio.tools.{arguments[0]}.{arguments[0]}", interrupt)
+    monkeypatch.setattr(f"bat_audio_tools.{arguments[0]}.{arguments[0]}", interrupt)
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.output.splitlines()) == (130, [message])
 

@@ -20,7 +20,7 @@ from bat_audio import (
     BatForAudioFrameClassification,
     BatModel,
 )
-from bat_audio.tools.convert import convert
+from bat_audio_tools.convert import convert
 
 HEADS = {
     "linear": {},

@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader
 
 from bat_audio import BatAudioProcessor, load_audio
-from bat_audio.tools.data import (
-    Augmentation,
-    ClipDataset,
-    Example,
-    check_clips,
-    frame_targets,
-    label_names,
-    read_examples,
-    split_examples,
-)
+from bat_audio_tools.training.clips import Augmentation, ClipDataset, frame_targets
+from bat_audio_tools.training.examples import Example, check_clips, label_names, read_examples, split_examples
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -16,10 +16,10 @@ import torch
 from embed_tables import RATE, broken_files, read, read_errors, run_embed
 
 from bat_audio import load_audio, load_pretrained_encoder
-from bat_audio.tools import embed as embed_module
-from bat_audio.tools import embed_decode
-from bat_audio.tools.embed import BrokenRecordingError
-from bat_audio.tools.embed_inputs import Input
+from bat_audio_tools.embedding import encoder, windows
+from bat_audio_tools.embedding.windows import BrokenRecordingError
+from bat_audio_tools.sounds import reading
+from bat_audio_tools.sounds.reading import Input
 
 
 def test_broken_files_are_listed_with_the_reason(recordings, checkpoint, tmp_path):
@@ -67,12 +67,12 @@ def test_files_that_kill_their_process(workers, recordings, checkpoint, tmp_path
         return load_audio(source, start, *arguments)
 
     run_embed([str(recordings)], tmp_path / "whole", checkpoint, num_frames=16)
-    monkeypatch.setattr(embed_decode, "load_audio", load)
-    monkeypatch.setattr(embed_decode, "PART_SECONDS", 10)
+    monkeypatch.setattr(reading, "load_audio", load)
+    monkeypatch.setattr(windows, "PART_SECONDS", 10)
     run_embed([str(recordings)], tmp_path / "out", checkpoint, workers=workers, num_frames=16)
     errors = [(Path(row["path"]).name, row["start_s"], row["end_s"]) for row in read_errors(tmp_path / "out")]
     assert errors == [("second_2.wav", 0, 10.24), ("long.flac", 20.48, pytest.approx(51.2))]
-    assert all(row["error"] == embed_decode.KILLS for row in read_errors(tmp_path / "out"))
+    assert all(row["error"] == windows.KILLS for row in read_errors(tmp_path / "out"))
     left_out = [("second_2.wav", 0.0), *(("long.flac", start) for start in (20.48, 30.72, 40.96))]
     whole = read(tmp_path / "whole").select(["path", "start_s", "end_s"]).to_pylist()
     expected = [row for row in whole if (Path(row["path"]).name, round(row["start_s"], 2)) not in left_out]
@@ -103,13 +103,13 @@ def test_permission_denied(recordings, checkpoint):
         os.chmod(f"{folder}/open.wav", 0o644)
         os.chmod(f"{folder}/closed.wav", 0)
         load_audio(recordings / "second_0.wav")  # the other user may not even read the libraries
-        cut = embed_decode.Cut(rate=RATE, shortest=513, segment=None, hop=0)
+        cut = windows.Cut(rate=RATE, shortest=513, segment=None, hop=0)
         reading, writing = os.pipe()
         if not (child := os.fork()):
             try:
                 os.setuid(65534)
                 found = [
-                    embed_decode.decode_first(cut, Input(name, f"{folder}/{name}"), None).stretches[0].error
+                    windows.decode_first(cut, Input(name, f"{folder}/{name}"), None).stretches[0].error
                     for name in ("open.wav", "closed.wav")
                 ]
                 os.write(writing, json.dumps(found).encode())
@@ -125,18 +125,18 @@ def test_permission_denied(recordings, checkpoint):
 
 
 def test_rows_too_large_for_float16(recordings, checkpoint, tmp_path, monkeypatch):
-    call = embed_module.Encoder.__call__
+    call = encoder.Encoder.__call__
 
     def scale(*arguments):
         rows = call(*arguments)
         rows[0]["tokens"] = rows[0]["tokens"] * 1e6
         return rows
 
-    monkeypatch.setattr(embed_module.Encoder, "__call__", scale)
+    monkeypatch.setattr(encoder.Encoder, "__call__", scale)
     inputs = [str(recordings / f"second_{number}.wav") for number in range(3)]
     with pytest.raises(BrokenRecordingError, match=r"column tokens of .*second_0\.wav at 0\.00 s\. .*--float16"):
-        run_embed(inputs, tmp_path / "16", checkpoint, frames=True, float16=True)
-    run_embed(inputs, tmp_path / "32", checkpoint, frames=True)
+        run_embed(inputs, tmp_path / "16", checkpoint, tokens=True, float16=True)
+    run_embed(inputs, tmp_path / "32", checkpoint, tokens=True)
 
 
 def test_nan_of_the_model(recordings, checkpoint, tmp_path):

@@ -18,7 +18,8 @@ from embed_tables import (
 )
 from pyarrow import parquet
 
-from bat_audio.tools.embed_inputs import Input, write_plan
+from bat_audio_tools.sounds.listing import write_plan
+from bat_audio_tools.sounds.reading import Input
 
 
 def list_rows(inputs, out, checkpoint, **options) -> list[tuple]:
@@ -46,7 +47,7 @@ def test_other_names_of_the_same_change_nothing_else(tmp_path):
 
 def test_a_file_in_the_folders_place(recordings, checkpoint, tmp_path, monkeypatch):
     """It is refused before the weights are loaded or a cluster is asked."""
-    monkeypatch.setattr("bat_audio.tools.embed.engine", None)
+    monkeypatch.setattr("bat_audio_tools.embed.engine", None)
     (tmp_path / "out").write_text("not a table")
     with pytest.raises(ValueError, match="out: a file; name a folder to write"):
         run_embed([str(recordings)], tmp_path / "out", checkpoint)
@@ -186,7 +187,7 @@ def test_names_that_look_like_addresses(recordings, checkpoint, tmp_path, monkey
 
 
 def test_rows_of_one_long_recording_share_shards(recordings, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("bat_audio.tools.embed_inputs.UNIT_BYTES", 50_000)  # the file has 650 kB
+    monkeypatch.setattr("bat_audio_tools.sounds.listing.UNIT_BYTES", 50_000)  # the file has 650 kB
     shutil.copy(recordings / "two.wav", tmp_path)
     rows = "".join(f"two.wav,{second},0.2\n" for second in range(8))
     rest = "".join(f"two.wav,{second},\n" for second in (18, 19, 20))

@@ -14,8 +14,9 @@ import torch
 from embed_tables import RATE, read, read_errors, run_embed, vectors
 
 from bat_audio import load_audio
-from bat_audio.tools import embed_decode
-from bat_audio.tools.embed_inputs import Input
+from bat_audio_tools.embedding import windows
+from bat_audio_tools.sounds import reading
+from bat_audio_tools.sounds.reading import Input
 
 
 def noise(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -66,7 +67,7 @@ def test_a_length_that_is_far_too_large_is_soon_given_up(workers, checkpoint, tm
             reads.value += 1
         return load_audio(*arguments)
 
-    monkeypatch.setattr(embed_decode, "load_audio", load)
+    monkeypatch.setattr(reading, "load_audio", load)
     run_embed([str(tmp_path)], tmp_path / "out", checkpoint, num_frames=16, workers=workers)
     assert spans(tmp_path / "out") == [(0, 10.24), (10.24, 20.48)]
     last = read_errors(tmp_path / "out")[-1]
@@ -80,7 +81,7 @@ def test_a_broken_window_of_a_streamed_recording_is_left_out(checkpoint, tmp_pat
     samples[[5 * RATE, 121 * RATE]] = np.nan
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embed_decode, "known_seconds", lambda source: None)
+        patch.setattr(windows, "known_seconds", lambda source: None)
         run_embed([str(tmp_path / "x.wav")], tmp_path / "out", checkpoint, segment=10.0, num_frames=16)
     assert [start for start, _ in spans(tmp_path / "out")] == [*range(10, 120, 10), 130]
     assert [row["start_s"] for row in read_errors(tmp_path / "out")] == [0, 120]
@@ -183,23 +184,23 @@ def test_truncated_wav_keeps_what_is_there(checkpoint, tmp_path):
 
 def test_overlapping_windows_are_sent_once(tmp_path):
     soundfile.write(tmp_path / "x.wav", noise(150), RATE)
-    cut = embed_decode.Cut(rate=RATE, shortest=513, segment=163840, hop=2560)
+    cut = windows.Cut(rate=RATE, shortest=513, segment=163840, hop=2560)
     item = Input("x", str(tmp_path / "x.wav"))
-    part = next(cut.parts(embed_decode.decode_first(cut, item, None).rest))
-    found = embed_decode.decode_part(cut, item, None, part)
+    part = next(cut.parts(windows.decode_first(cut, item, None).rest))
+    found = windows.decode_part(cut, item, None, part)
     assert len(part) == 750
     assert len(pickle.dumps(found)) < 1.2 * 4 * (120 + 10.24) * RATE
-    clips = [clip for stretch in found.stretches for clip in cut.clips(item, stretch)]
-    assert len(clips) == 750
+    cut_out = [window for stretch in found.stretches for window in cut.windows(item, stretch)]
+    assert len(cut_out) == 750
     whole = load_audio(tmp_path / "x.wav").numpy()
     for number in (1, 400, 750):
         expected = whole[2560 * number :][:163840]
-        np.testing.assert_allclose(clips[number - 1].samples, expected, atol=1e-5)
+        np.testing.assert_allclose(cut_out[number - 1].samples, expected, atol=1e-5)
 
 
 def test_samples_that_wait_are_bounded(tmp_path, monkeypatch):
     """Not the number of recordings."""
-    monkeypatch.setattr(embed_decode, "READ_AHEAD_BYTES", 4000)
+    monkeypatch.setattr(windows, "READ_AHEAD_BYTES", 4000)
     begun, calls = [], 0
 
     class Counting(ThreadPoolExecutor):
@@ -207,8 +208,8 @@ def test_samples_that_wait_are_bounded(tmp_path, monkeypatch):
             begun.append(arguments)
             return super().submit(*arguments)
 
-    def decode(size: int) -> embed_decode.Found:
-        return embed_decode.Found([embed_decode.Stretch(range(1), np.zeros(size, np.float32))])
+    def decode(size: int) -> windows.Found:
+        return windows.Found([windows.Stretch(range(1), np.zeros(size, np.float32))])
 
     most = {100: 8, 500: 2, 5000: 1}  # samples: how many are under way then
     for size, expected in most.items():
@@ -216,7 +217,7 @@ def test_samples_that_wait_are_bounded(tmp_path, monkeypatch):
         with Counting(2) as executor:
             tasks = ((0, (size,)) for _ in range(40))
             waiting = []
-            for calls, _ in enumerate(embed_decode.read_ahead(executor, decode, tasks, 8), start=1):
+            for calls, _ in enumerate(windows.read_ahead(executor, decode, tasks, 8), start=1):
                 waiting.append(len(begun) - calls)
         assert calls == 40
         assert max(waiting) <= expected

@@ -10,16 +10,17 @@ import pytest
 import torch
 from embed_tables import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
 
-from bat_audio.tools import embed as embed_module
-from bat_audio.tools import embed_decode
-from bat_audio.tools.embed import BrokenRecordingError
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio_tools import embed as embed_module
+from bat_audio_tools.embedding import windows
+from bat_audio_tools.embedding.windows import BrokenRecordingError
+from bat_audio_tools.settings import EmbedSettings
+from bat_audio_tools.sounds import reading
 
 ray = pytest.importorskip("ray")
-embed_ray = pytest.importorskip("bat_audio.tools.embed_ray")
+embed_ray = pytest.importorskip("bat_audio_tools.embedding.cluster")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
-OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "frames": True}
+OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "tokens": True}
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +104,13 @@ def test_a_recording_that_kills_its_process_is_listed(many, local, checkpoint, t
                     os.kill(os.getpid(), signal.SIGKILL)
                 return load_audio(source, *arguments)
 
-            load_audio, embed_decode.load_audio = embed_decode.load_audio, load
+            load_audio, reading.load_audio = reading.load_audio, load
             super().__init__(*arguments)
 
     monkeypatch.setattr(embed_ray, "UnitEmbedder", Killing)
     options = {"engine": "ray", "cpus_per_actor": torch.get_num_threads(), **OPTIONS}
     run_embed([str(Path(victim).parent)], tmp_path / "out", checkpoint, **options)
-    assert embed_decode.KILLS in [row["error"] for row in read_errors(tmp_path / "out") if row["path"] == victim]
+    assert windows.KILLS in [row["error"] for row in read_errors(tmp_path / "out") if row["path"] == victim]
 
 
 def test_other_weights_on_a_node_are_refused(many, checkpoint, tmp_path, monkeypatch):

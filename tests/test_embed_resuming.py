@@ -29,15 +29,23 @@ from embed_tables import (
     unfinished,
 )
 
-from bat_audio.tools import embed as embed_module
-from bat_audio.tools import locking
-from bat_audio.tools.embed_settings import StartError
+from bat_audio_tools import folders
+from bat_audio_tools.embedding import encoder
+from bat_audio_tools.settings import StartError
 
-PROGRAM = [sys.executable, "-m", "bat_audio.tools.cli", "embed"]
+PROGRAM = [sys.executable, "-m", "bat_audio_tools.cli", "embed"]
 SMALL = {"shard_size": 4, "num_frames": 16, "segment": 0.5, "workers": 2}
 # Processes that begin to embed at once: they are forked from one that has imported what embedding needs.
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["bat_audio.tools.embed", "pyarrow.parquet", "soundfile", "transformers.modeling_utils"])
+FORKING.set_forkserver_preload(
+    [
+        "bat_audio_tools.embed",
+        "bat_audio_tools.embedding.stages",
+        "pyarrow.parquet",
+        "soundfile",
+        "transformers.modeling_utils",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +193,7 @@ def test_resuming_on_a_full_disk(many, checkpoint, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))  # bytes of a file; as if the disk was full then
 
-    options = {"shard_size": 20, "frames": True, "segment": 0.5, "num_frames": 16, "workers": 2}
+    options = {"shard_size": 20, "tokens": True, "segment": 0.5, "num_frames": 16, "workers": 2}
     process = start_program(many, tmp_path / "out", checkpoint, limit, **options)
     _, errors = process.communicate()
     assert process.returncode == 1, errors
@@ -205,7 +213,7 @@ def test_resuming_after_a_failed_write(recordings, checkpoint, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("bat_audio.tools.embed_table.ShardWriter.add", fail)
+        patch.setattr("bat_audio_tools.embedding.table.ShardWriter.add", fail)
         with pytest.raises(OSError, match=r"No space left on device \(0 of 4 shards"):
             run_embed([str(recordings)], tmp_path / "out", checkpoint, shard_size=3)
     assert unfinished(tmp_path / "out") == []
@@ -215,7 +223,7 @@ def test_resuming_after_a_failed_write(recordings, checkpoint, tmp_path, monkeyp
 
 def test_resuming_of_a_finished_run_computes_nothing(recordings, checkpoint, tmp_path, monkeypatch):
     first = run_embed([str(recordings)], tmp_path / "out", checkpoint)
-    monkeypatch.delattr(embed_module, "Encoder")
+    monkeypatch.delattr("bat_audio_tools.embedding.stages.Encoder")
     second = run_embed([str(recordings)], tmp_path / "out", checkpoint)
     assert all(first[name] == second[name] for name in ("files", "rows", "failed", "audio_hours"))
 
@@ -321,7 +329,7 @@ def test_resuming_of_a_table_without_shards_begins_anew(recordings, checkpoint, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed_module.Encoder, "__call__", fail)
+        patch.setattr(encoder.Encoder, "__call__", fail)
         with pytest.raises(OSError, match=r"OutOfMemoryError: CUDA out of memory\. .*GiB\. A smaller .*--batch-size"):
             run_embed([str(recordings)], tmp_path / "out", checkpoint)
     run_embed([str(recordings)], tmp_path / "out", checkpoint, batch_size=4, shard_size=5)
@@ -330,8 +338,8 @@ def test_resuming_of_a_table_without_shards_begins_anew(recordings, checkpoint, 
 
 
 def test_resuming_beside_another_run_is_refused(recordings, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(locking, "LOCK_WAIT", 0.2)
-    with locking.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
+    monkeypatch.setattr(folders, "LOCK_WAIT", 0.2)
+    with folders.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
         run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
     run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
 
@@ -350,7 +358,7 @@ def test_resuming_after_a_full_disk_before_or_behind_the_shards(name, recordings
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"bat_audio.tools.embed_table.Table.{name}", fail)
+        patch.setattr(f"bat_audio_tools.embedding.table.Table.{name}", fail)
         with pytest.raises(OSError, match=r"No space left on device \(.*the same command goes on") as failure:
             run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
     assert not isinstance(failure.value, StartError)  # whose exit status would be 2

@@ -14,8 +14,7 @@ from pyarrow import parquet
 
 from bat_audio import BatAudioProcessor, load_audio, load_pretrained_encoder
 from bat_audio.processing_bat import fit_frames
-from bat_audio.tools import embed as embed_module
-from bat_audio.tools import embed_decode
+from bat_audio_tools.embedding import windows
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ from bat_audio.tools import embed_decode
     ids=str,
 )
 def test_rows_are_those_of_the_plain_model(options, recordings, checkpoint, tmp_path):
-    settings = {"pool": "cls+mean", "frames": True, "layers": "1,2", **options}
+    settings = {"pool": "cls+mean", "tokens": True, "layers": "1,2", **options}
     run_embed([str(recordings)], tmp_path / "out", checkpoint, **settings)
     model, processor = load_pretrained_encoder(checkpoint=checkpoint), BatAudioProcessor(num_frames=None)
     segment = None if "whole" in options else options.get("segment", 10.24)
@@ -96,7 +95,7 @@ def test_rows_cover_the_recordings(recordings, checkpoint, tmp_path):
     ],
 )
 def test_last_window(samples, segment, hop, expected):
-    cut = embed_decode.Cut(rate=RATE, shortest=513, segment=segment, hop=hop)
+    cut = windows.Cut(rate=RATE, shortest=513, segment=segment, hop=hop)
     assert [number * hop for number in range(cut.num_windows(samples))] == expected
 
 
@@ -106,7 +105,7 @@ def test_long_recordings_are_read_in_parts(checkpoint, tmp_path):
     options = {"segment": 2.0, "hop": 1.5, "num_frames": 16}
     run_embed([str(tmp_path)], tmp_path / "parts", checkpoint, workers=2, **options)
     starts = read(tmp_path / "parts")["start_s"].to_pylist()
-    assert starts[-2] > embed_decode.PART_SECONDS
+    assert starts[-2] > windows.PART_SECONDS
     whole = load_audio(tmp_path / "long.wav")
     model, processor = load_pretrained_encoder(checkpoint=checkpoint), BatAudioProcessor(num_frames=None)
     for row in (0, 1, 57, 80, 81, 99):
@@ -119,7 +118,7 @@ def test_long_recordings_are_read_in_parts(checkpoint, tmp_path):
 
 
 def test_rows_do_not_depend_on_batches_or_processes(recordings, checkpoint, tmp_path):
-    options = {"pool": "cls+mean", "frames": True, "num_frames": 16}
+    options = {"pool": "cls+mean", "tokens": True, "num_frames": 16}
     run_embed([str(recordings)], tmp_path / "one", checkpoint, batch_size=1, **options)
     run_embed([str(recordings)], tmp_path / "many", checkpoint, batch_size=16, **options)
     run_embed([str(recordings)], tmp_path / "processes", checkpoint, batch_size=16, workers=3, **options)
@@ -131,15 +130,15 @@ def test_rows_do_not_depend_on_batches_or_processes(recordings, checkpoint, tmp_
 
 def test_pools_that_fill_up_keep_the_order(recordings, checkpoint, tmp_path, monkeypatch):
     run_embed([str(recordings)], tmp_path / "one", checkpoint, num_frames=16)
-    monkeypatch.setattr(embed_module, "POOL_CLIPS", 3)
-    run_embed([str(recordings)], tmp_path / "pools", checkpoint, num_frames=16)
-    one, pools = read(tmp_path / "one"), read(tmp_path / "pools")
-    assert one.drop(["embedding"]).equals(pools.drop(["embedding"]))
-    torch.testing.assert_close(vectors(one, "embedding"), vectors(pools, "embedding"), rtol=0, atol=1e-5)
+    monkeypatch.setattr("bat_audio_tools.embedding.encoder.BUCKET_WINDOWS", 3)
+    run_embed([str(recordings)], tmp_path / "buckets", checkpoint, num_frames=16)
+    one, buckets = read(tmp_path / "one"), read(tmp_path / "buckets")
+    assert one.drop(["embedding"]).equals(buckets.drop(["embedding"]))
+    torch.testing.assert_close(vectors(one, "embedding"), vectors(buckets, "embedding"), rtol=0, atol=1e-5)
 
 
 def test_float16_is_rounded_float32(recordings, checkpoint, tmp_path):
-    options = {"frames": True, "layers": "2"}
+    options = {"tokens": True, "layers": "2"}
     run_embed([str(recordings)], tmp_path / "32", checkpoint, **options)
     run_embed([str(recordings)], tmp_path / "16", checkpoint, float16=True, **options)
     half = read(tmp_path / "16")
@@ -170,9 +169,9 @@ def test_compiled_equal_plain(recordings, checkpoint, tmp_path):
 @pytest.fixture(scope="module")
 def table(recordings, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("table") / "out"
-    run_embed([str(recordings)], out, checkpoint, shard_size=5, frames=True, layers="1")
+    run_embed([str(recordings)], out, checkpoint, shard_size=5, tokens=True, layers="1")
     (out.parent / "half").mkdir()
-    run_embed([str(recordings)], out.parent / "half" / "out", checkpoint, shard_size=5, frames=True, float16=True)
+    run_embed([str(recordings)], out.parent / "half" / "out", checkpoint, shard_size=5, tokens=True, float16=True)
     return out
 
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import run, run_commands
 from embed_tables import broken_files, read, read_errors
 
-from bat_audio.tools.embed import embed
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio_tools.embed import embed
+from bat_audio_tools.settings import EmbedSettings
 
 
 def test_paths_and_lists(recordings, checkpoint, tmp_path):
@@ -23,7 +23,7 @@ def test_paths_and_lists(recordings, checkpoint, tmp_path):
 @pytest.mark.slow
 def test_exit_status_and_summary(recordings, checkpoint, tmp_path):
     common = ["-o", str(tmp_path / "out"), "--checkpoint", checkpoint, "--workers", "1"]
-    result = run([sys.executable, "-m", "bat_audio.tools.cli", "embed", str(recordings / "a"), *common])
+    result = run([sys.executable, "-m", "bat_audio_tools.cli", "embed", str(recordings / "a"), *common])
     summary = json.loads(result.stdout)
     assert summary["table"] == str(tmp_path / "out")
     assert (summary["files"], summary["rows"], summary["failed"]) == (4, 8, 0)

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from bat_audio import BatAudioProcessor, BatFeatureExtractor, BatModel, load_pretrained_encoder
 from bat_audio.pipeline_bat import BatAudioClassificationPipeline
 from bat_audio.processing_bat import fit_frames
-from bat_audio.tools import export as export_module
-from bat_audio.tools.cli import app
-from bat_audio.tools.demo import BAT_TINY
-from bat_audio.tools.export import ExportGraph, FrontEnd, _module_names, export
+from bat_audio_tools import export as export_module
+from bat_audio_tools.cli import app
+from bat_audio_tools.export import ExportGraph, FrontEnd, _module_names, export
+from bat_tiny.demo import BAT_TINY
 
 # Clips and frames: one patch; not a multiple of 16; one whole chunk of 64; longer; two chunks and frames too many.
 SHAPES = [(1, 16), (2, 57), (1, 64), (3, 83), (2, 137)]
@@ -335,7 +335,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, refuses):
     refuses("num_frames=64 is for from_waveform, .*; without it they come from the caller", num_frames=64)
     refuses("num_frames=0 must be a positive multiple of 16", num_frames=0, from_waveform=True)
     refuses("num_frames=65 must be a positive multiple of 16", num_frames=65, from_waveform=True)
-    refuses("exists; name another file", FileExistsError, out=tmp_path / "model")
+    refuses("exists already; name another", FileExistsError, out=tmp_path / "model")
     refuses("there is no folder", FileNotFoundError, out=tmp_path / "no" / "out")
     refuses("No weights at .*no such file", OSError, checkpoint=tmp_path / "nowhere")
     (tmp_path / "weights.safetensors").write_bytes(b"")
@@ -489,4 +489,4 @@ def test_command(tmp_path):
     assert json.loads(metadata["metadata.json"])["num_frames"] == "64"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "model.pt2 exists; name another file, or remove it first." in result.output
+    assert "model.pt2 exists already; name another (--out), or remove it first." in result.output

@@ -8,7 +8,7 @@ import torch
 from conftest import example_pictures, recipe_weights, tiny_model
 
 from bat_audio import BatConfig, BatModel, load_model, load_pretrained_encoder
-from bat_audio.tools.demo import BAT_TINY
+from bat_tiny.demo import BAT_TINY
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,12 @@ from transformers.trainer_utils import EvalPrediction
 
 from bat_audio import BatConfig, BatForAudioClassification
 from bat_audio.load_model import HERE, HUB_REPOSITORY
-from bat_audio.tools import finetune as finetune_module
-from bat_audio.tools import training as training_module
-from bat_audio.tools.data import Augmentation
-from bat_audio.tools.finetune import FinetuneTrainer, build_model, classification_metrics, finetune
-from bat_audio.tools.recipes import PRESETS, FinetuneSettings
-from bat_audio.tools.training import parameter_groups
+from bat_audio_tools import finetune as finetune_module
+from bat_audio_tools.finetune import FinetuneTrainer, build_model, classification_metrics, finetune
+from bat_audio_tools.settings import PRESETS, FinetuneSettings
+from bat_audio_tools.training import trainer as trainer_module
+from bat_audio_tools.training.clips import Augmentation
+from bat_audio_tools.training.trainer import parameter_groups
 
 PLAIN = {"mixup": 0.0, "freq_masks": 0, "time_masks": 0, "roll": False}  # no augmentation
 SOUNDS = ("clicks", "hiss", "hum")
@@ -453,7 +453,7 @@ def test_multi_label_manifest_with_bce(options, tmp_path):
 
 
 def cli(options: dict) -> list[str]:
-    return [sys.executable, "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
+    return [sys.executable, "-m", "bat_audio_tools.cli", "finetune", *command_line(options)]
 
 
 @pytest.mark.slow
@@ -618,7 +618,7 @@ def test_several_loggers(options, monkeypatch):
             logged.append(logs)
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "paper", Paper)
-    monkeypatch.setattr(training_module, "get_available_reporting_integrations", lambda: ["tensorboard", "paper"])
+    monkeypatch.setattr(trainer_module, "get_available_reporting_integrations", lambda: ["tensorboard", "paper"])
     for wrong in ("tensorboard,pencil", "tensorboard,none", ""):
         with pytest.raises(ValueError, match="is not installed; there are tensorboard, paper, several of them with"):
             trained(options, report_to=wrong)
@@ -660,7 +660,7 @@ def test_two_processes_equal_one(options, events, tmp_path, kind):
     alone = {**options, "out": str(tmp_path / "one")}
     expected, weights = trained(alone)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio.tools.cli", "finetune", *command_line(options)]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio_tools.cli", "finetune", *command_line(options)]
     run([sys.executable, *launch], CUDA_VISIBLE_DEVICES="")
     metrics = json.loads((Path(options["out"]) / "eval_results.json").read_text())
     assert metrics == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
@@ -673,7 +673,7 @@ def test_accelerate_launch_with_two_processes(options, tmp_path):
     options = {**options, "steps": 4, "eval_every": 2}
     _, weights = trained(options, out=str(tmp_path / "one"))
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    run([sys.executable, *launch, "-m", "bat_audio.tools.cli", "finetune", *command_line(options)])
+    run([sys.executable, *launch, "-m", "bat_audio_tools.cli", "finetune", *command_line(options)])
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
 
 

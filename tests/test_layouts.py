@@ -71,7 +71,7 @@ def test_installed_package(tmp_path, plain_folder, installed_folder):
     scripts = scripts.replace("(device=device)", "(device=device, checkpoint=snapshot_dir)", 1)
     check = f"""
 import bat_audio
-import bat_audio.tools
+import bat_audio_tools
 assert bat_audio.__file__.startswith({str(installed_folder)!r}), bat_audio.__file__
 assert isinstance(model, bat_audio.BatModel) and isinstance(processor, bat_audio.BatAudioProcessor)
 """
@@ -89,7 +89,7 @@ def test_hub_repository(tmp_path, plain_folder):
 
 
 def test_program_without_its_extra_says_what_to_install(installed_folder):
-    code = "import sys; sys.modules['typer'] = None; from bat_audio.tools import main; main()"
+    code = "import sys; sys.modules['typer'] = None; from bat_audio_tools import main; main()"
     result = run_python(code, PYTHONPATH=installed_folder, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: bat-audio needs more packages")

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from bat_audio import BatAudioProcessor, BatModel, load_audio_processor, load_model, load_pretrained_encoder
-from bat_audio.tools.demo import demo
+from bat_tiny.demo import demo
 
 POISON = b"raise SystemExit('code of the Hub repository was run')"
 # Loads what each line of standard input asks for; one interpreter serves many tests.
@@ -365,7 +365,7 @@ def test_demo_without_weights_says_so_and_goes_on(tmp_path, monkeypatch, capsys)
 def test_demo_with_weights_takes_them(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "published"
     tiny_model().save_pretrained(folder)
-    monkeypatch.setattr("bat_audio.tools.demo.find_weights", lambda: folder / "model.safetensors")
+    monkeypatch.setattr("bat_tiny.demo.find_weights", lambda: folder / "model.safetensors")
     demo()
     printed = capsys.readouterr().out
     assert "demonstration model" not in printed

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bat_audio import BatConfig, BatModel
-from bat_audio.tools.masked_regression import MaskedRegression, block_masks
+from bat_audio_tools.training.masked_regression import MaskedRegression, block_masks
 
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 

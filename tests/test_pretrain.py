@@ -24,13 +24,13 @@ from transformers import AutoModel
 
 from bat_audio import BatAudioProcessor, BatForAudioClassification, BatModel, load_pretrained_encoder
 from bat_audio.modeling_bat import BatBlock
-from bat_audio.tools.convert import convert
-from bat_audio.tools.embed_inputs import list_inputs
-from bat_audio.tools.masked_regression import MaskedRegression
-from bat_audio.tools.pretrain import LOGGED, MoveTeacher, build_encoder, pretrain
-from bat_audio.tools.pretrain_data import MaskedClips, Recordings
-from bat_audio.tools.recipes import PretrainSettings
-from bat_audio.tools.training import read_config
+from bat_audio_tools.convert import convert
+from bat_audio_tools.pretrain import LOGGED, MoveTeacher, build_encoder, pretrain
+from bat_audio_tools.settings import PretrainSettings
+from bat_audio_tools.sounds.listing import list_inputs
+from bat_audio_tools.training.masked_clips import MaskedClips, Recordings
+from bat_audio_tools.training.masked_regression import MaskedRegression
+from bat_audio_tools.training.trainer import read_config
 
 MASKS = {"count": 3, "grid": (4, 8), "keep": 0.3, "block": 3}
 SECONDS = 0.64  # of the tiny encoder's input
@@ -429,8 +429,8 @@ def test_settings_reach_model_and_clips(options, tmp_path, monkeypatch):
             seen.append(self[0])
 
     compiled = []
-    monkeypatch.setattr("bat_audio.tools.pretrain.MaskedRegression", SeenModel)
-    monkeypatch.setattr("bat_audio.tools.pretrain.MaskedClips", SeenClips)
+    monkeypatch.setattr("bat_audio_tools.pretrain.MaskedRegression", SeenModel)
+    monkeypatch.setattr("bat_audio_tools.pretrain.MaskedClips", SeenClips)
     monkeypatch.setattr(BatBlock, "compile", lambda block: compiled.append(block))
     options.update(steps=1, views=2, keep=0.75, mask_block=1, decoder_blocks=3)
     for name, changes in {
@@ -476,7 +476,7 @@ def test_begun_folder_refuses_other_settings_and_data(options, sounds, tmp_path)
 
 
 def cli(options: dict) -> list[str]:
-    return [sys.executable, "-m", "bat_audio.tools.cli", *command_line(options)]
+    return [sys.executable, "-m", "bat_audio_tools.cli", *command_line(options)]
 
 
 @pytest.mark.slow

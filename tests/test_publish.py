@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, BatModel
-from bat_audio.tools import publish as publish_module
-from bat_audio.tools.publish import assemble, publish
+from bat_audio_tools import publish as publish_module
+from bat_audio_tools.publish import assemble, publish
 
 CODE = {"configuration_bat.py", "modeling_bat.py", "processing_bat.py", "pipeline_bat.py", "load_model.py"}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json"}

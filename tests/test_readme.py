@@ -89,7 +89,7 @@ def test_tasks_one_after_the_other(shallow_clone, installed_folder):
     """Every command and snippet of the section, with two steps of training instead of hundreds."""
     folder, environment = shallow_clone
     environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    program, module = [sys.executable, "-m", "bat_audio.tools.cli"], [sys.executable, "-m"]
+    program, module = [sys.executable, "-m", "bat_audio_tools.cli"], [sys.executable, "-m"]
     for language, code in re.findall(r"```(bash|python)\n(.*?)```", TASKS, re.DOTALL):
         if language == "python":
             code = code.replace("steps=200", 'steps=2, batch_size=4, num_frames=112, report_to="none"')
@@ -120,9 +120,9 @@ def test_tasks_one_after_the_other(shallow_clone, installed_folder):
 def test_looking_at_it(clone, installed_folder):
     folder, environment = clone
     environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    run([sys.executable, "-m", "bat_audio.tools.cli", "embed", "sounds/", "-o", "my-table"], cwd=folder, **environment)
+    run([sys.executable, "-m", "bat_audio_tools.cli", "embed", "sounds/", "-o", "my-table"], cwd=folder, **environment)
     for code in re.findall(r"```bash\n(.*?)```", LOOKING, re.DOTALL):
-        command = [sys.executable, "-m", "bat_audio.tools.cli", *code.split()[1:]]
+        command = [sys.executable, "-m", "bat_audio_tools.cli", *code.split()[1:]]
         printed = run(command, cwd=folder, **environment).stdout
     assert (folder / "guitar.png").exists()
     assert (folder / "tabla.png").exists()
@@ -135,7 +135,7 @@ def test_pretraining(shallow_clone, installed_folder):
     environment = {**environment, "PYTHONPATH": str(installed_folder)}
     tiny_config().save_pretrained(folder / "small")
     short = {"--steps": "2", "--batch-size": "1", "--views": "2", "--num-workers": "0"}
-    commands = re.findall(r"^(bat-audio|accelerate launch -m bat_audio.tools.cli) (.*)$", PRETRAINING, re.MULTILINE)
+    commands = re.findall(r"^(bat-audio|accelerate launch -m bat_audio_tools.cli) (.*)$", PRETRAINING, re.MULTILINE)
     assert len(commands) == 4
     for program, arguments in commands:
         words = arguments.replace("checkpoint-400000", "checkpoint-2").split()
@@ -143,7 +143,7 @@ def test_pretraining(shallow_clone, installed_folder):
             words = [word for i, word in enumerate(words) if not {word, words[i - 1]} & short.keys()]
             words += [word for option in short.items() for word in option]
         launch = ["accelerate.commands.launch", "--num_processes", "1", "-m"] if "accelerate" in program else []
-        run([sys.executable, "-m", *launch, "bat_audio.tools.cli", *words], cwd=folder, **environment)
+        run([sys.executable, "-m", *launch, "bat_audio_tools.cli", *words], cwd=folder, **environment)
     teacher = load_file(folder / "my-teacher" / "model.safetensors")
     assert teacher.keys() == load_file(folder / "my-small-encoder" / "model.safetensors").keys()
     assert "pre-trained from [lrauch/BAT" in (folder / "my-encoder" / "README.md").read_text()
@@ -161,7 +161,7 @@ def test_load_model_transcript(clone):
 def test_demo_transcript(tmp_path):
     transcript = re.search(r"and prints\n\n```text\n(.*?)```", README, re.DOTALL)[1]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None}
-    printed = run([sys.executable, "-m", "bat_audio.tools.demo"], **nowhere).stdout
+    printed = run([sys.executable, "-m", "bat_tiny.demo"], **nowhere).stdout
     printed, transcript = (text[text.index("***") :].split() for text in (printed, transcript))
     for word, expected in zip(printed, transcript, strict=True):
         if re.fullmatch(r"-?\d\.\d\d", expected):

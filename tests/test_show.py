@@ -14,8 +14,8 @@ from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
 from bat_audio import BatAudioProcessor
-from bat_audio.tools.cli import app
-from bat_audio.tools.show import (
+from bat_audio_tools.cli import app
+from bat_audio_tools.show import (
     FORMATS,
     OUTLINE_POINTS,
     component_colours,

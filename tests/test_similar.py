@@ -16,14 +16,15 @@ from pyarrow import parquet
 from torch import nn
 from typer.testing import CliRunner
 
-import bat_audio.tools.similar as similar_module
+import bat_audio_tools.similar as similar_module
 from bat_audio import BatFeatureExtractor, BatModel
 from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
-from bat_audio.tools.cli import app
-from bat_audio.tools.embed import file_digest
-from bat_audio.tools.embed_inputs import Input, write_plan
-from bat_audio.tools.embed_settings import POOLS
-from bat_audio.tools.similar import nearest_rows, similar
+from bat_audio_tools.cli import app
+from bat_audio_tools.folders import file_digest
+from bat_audio_tools.settings import POOLS
+from bat_audio_tools.similar import nearest_rows, similar
+from bat_audio_tools.sounds.listing import write_plan
+from bat_audio_tools.sounds.reading import Input
 
 RATE = 16000
 PATCH = 16 * 160  # samples
@@ -215,7 +216,7 @@ def test_an_unfinished_table_gives_a_warning(sounds_table, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
 def test_command(sounds_table):
-    arguments = [sys.executable, "-m", "bat_audio.tools.cli", "similar", SOUNDS[1], str(sounds_table), "-k", "2"]
+    arguments = [sys.executable, "-m", "bat_audio_tools.cli", "similar", SOUNDS[1], str(sounds_table), "-k", "2"]
     expected = similar(SOUNDS[1], sounds_table, 2)
     assert json.loads(run([*arguments, "--json"]).stdout) == expected
     arguments[4] = f"file://{SOUNDS[1]}"

@@ -9,8 +9,8 @@ from speech_commands import WORDS, make_speech_commands
 from transformers import AutoModelForAudioClassification, pipeline
 
 from bat_audio import BatConfig, BatModel
-from bat_audio.tools.finetune import finetune
-from bat_audio.tools.recipes import FinetuneSettings
+from bat_audio_tools.finetune import finetune
+from bat_audio_tools.settings import FinetuneSettings
 
 pytestmark = [
     pytest.mark.slow,

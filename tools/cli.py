@@ -11,8 +11,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from bat_audio.tools.embed_settings import EmbedSettings, StartError
-from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
+from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings, StartError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 WRONG_INPUTS = (ValueError, FileNotFoundError, FileExistsError)
@@ -104,7 +103,7 @@ def show(
     bat-audio show clip.wav -o picture.png
     bat-audio show clip.wav -o picture.pdf --block 6 --heads 1,5 --start 30 --duration 10
     """
-    from bat_audio.tools.show import show
+    from bat_audio_tools.show import show
 
     numbers = None if heads is None else _numbers(heads, "--heads")
     options = {"checkpoint": checkpoint, "untrained": untrained, "device": device, "start": start, "duration": duration}
@@ -129,7 +128,7 @@ def similar(
     bat-audio similar clip.wav embeddings/ -k 5
     bat-audio similar clip.wav embeddings/ --start 30 --duration 10.24 --json
     """
-    from bat_audio.tools.similar import similar
+    from bat_audio_tools.similar import similar
 
     rows = similar(query, table, k, checkpoint=checkpoint, device=device, start=start, duration=duration)
     if as_json:
@@ -146,9 +145,9 @@ def finetune(**options):
     \b
     bat-audio finetune sounds/ -o my-model --preset probe
     bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20
-    accelerate launch -m bat_audio.tools.cli finetune sounds/ -o my-model
+    accelerate launch -m bat_audio_tools.cli finetune sounds/ -o my-model
     """
-    from bat_audio.tools.finetune import finetune
+    from bat_audio_tools.finetune import finetune
 
     metrics = finetune(FinetuneSettings(**options))
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
@@ -165,11 +164,11 @@ def pretrain(**options):
     \b
     bat-audio pretrain --data sounds/ --out my-encoder --config config.json --steps 20000
     bat-audio pretrain --data birds/ --out bird-encoder --init my-encoder --steps 5000 --learning-rate 1e-4
-    accelerate launch -m bat_audio.tools.cli pretrain --data list.csv --out my-encoder
+    accelerate launch -m bat_audio_tools.cli pretrain --data list.csv --out my-encoder
 
     The defaults are the authors' settings. A run that was stopped goes on when the command is repeated.
     """
-    from bat_audio.tools.pretrain import pretrain
+    from bat_audio_tools.pretrain import pretrain
 
     metrics = pretrain(PretrainSettings(**options))
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
@@ -194,7 +193,7 @@ def embed(**options):
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from bat_audio.tools.embed import embed
+    from bat_audio_tools.embed import embed
 
     disable_progress_bar()  # of loading the weights, which would cut through the bar of the run
     summary = embed(EmbedSettings(**options))
@@ -225,7 +224,7 @@ def convert(
     \b
     bat-audio convert BAT_base.pt bat-base
     """
-    from bat_audio.tools.convert import convert
+    from bat_audio_tools.convert import convert
 
     folder = convert(source, out, ema=ema, config=config, labels=labels, head_pooling=head_pooling, frames=frames)
     typer.echo(f"wrote {folder}")
@@ -248,7 +247,7 @@ def export(
     bat-audio export my-model my-model.onnx --format onnx --from-waveform
     bat-audio export my-model my-model.onnx --format onnx --from-waveform --num-frames 1024
     """
-    from bat_audio.tools.export import export
+    from bat_audio_tools.export import export
 
     options = {"from_waveform": from_waveform, "num_frames": num_frames, "int8": int8}
     for name, value in export(checkpoint, out, format=format, **options).items():
@@ -269,7 +268,7 @@ def publish(
     \b
     bat-audio publish my-model me/my-model --private
     """
-    from bat_audio.tools.publish import publish
+    from bat_audio_tools.publish import publish
 
     url = publish(folder, repository, private=private, revision=revision, dry_run=dry_run)
     typer.echo("nothing was uploaded (dry run)" if dry_run else f"published {url}")

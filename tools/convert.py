@@ -6,11 +6,9 @@
 import argparse
 import copy
 import math
-import os
 import pathlib
 import pickle
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import BatForAudioClassification, BatForAudioFrameClassification, BatModel
+from bat_audio_tools.folders import check_new, whole
 
 STUDENT_PREFIX = "student.encoder."
 TEACHER_PREFIX = "teacher."  # of bat-audio pretrain
@@ -75,10 +74,8 @@ def convert(
             an argument; the message names them.
     """
     source, out = Path(source), Path(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name another, or remove it first.")
+    if not (out.is_dir() and not any(out.iterdir())):
+        check_new(out)
     config = copy.deepcopy(config) if not isinstance(config, str | Path) else _read_config(Path(config))
     labels = labels if not isinstance(labels, str | Path) else _read_labels(Path(labels))
     contents = _read_checkpoint(source)
@@ -94,10 +91,8 @@ def convert(
         model = _build_model(model_class, config, weights)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        partial = Path(folder) / "model"  # made by save_pretrained, with the permissions of any new folder
+    with whole(out) as partial:
         model.save_pretrained(partial)
-        os.replace(partial, out)
     return out
 
 

@@ -13,232 +13,29 @@ import contextlib
 import errno
 import importlib.metadata
 import inspect
-import itertools
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
-from operator import itemgetter
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
-from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
-from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import pick_device, require, without_decoding
-from bat_audio.tools.embed_decode import READ_AHEAD, Clip, Cut, DecodingProcesses, read_clips
-from bat_audio.tools.embed_inputs import Input, Plan, is_address, list_inputs, read_dataset, write_plan
-from bat_audio.tools.embed_settings import EmbedSettings, StartError
-from bat_audio.tools.embed_table import PLACE, Table, row_schema, vectors_array
+from bat_audio_tools.embedding.encoder import compute_on, encoder_config
+from bat_audio_tools.embedding.stages import Stages, explain, on_this_machine
+from bat_audio_tools.embedding.table import Table
+from bat_audio_tools.embedding.windows import BrokenRecordingError, Cut
+from bat_audio_tools.folders import file_digest
+from bat_audio_tools.machine import require
+from bat_audio_tools.names import is_address
+from bat_audio_tools.settings import EmbedSettings, StartError
+from bat_audio_tools.sounds.listing import list_inputs, read_dataset, write_plan
 
-POOL_CLIPS = 256  # that are sorted by length and written together
-POOL_SECONDS = 1800  # of sound in them, at most; one longer recording is a pool by itself
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class ClsTokens:
-    """In the place of a head: takes every block's CLS tokens (L, B, D) as they come, so that no others are kept."""
-
-    mixes_blocks = False
-
-    def mix_patches(self, mix: None, layer: int, patch_tokens: torch.Tensor) -> None:
-        return None
-
-    def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor:
-        return cls_tokens
-
-    def classify(self, cls_tokens: torch.Tensor, patch_mix: None) -> torch.Tensor:
-        return cls_tokens
-
-
-class Encoder:
-    """The encoder and its front end on a device.
-
-    Raises:
-        ValueError: no such device, or a checkpoint that is none.
-        OSError: there are no weights.
-    """
-
-    def __init__(self, settings: EmbedSettings):
-        device, dtype = compute_on(settings)
-        self.device = torch.device(device)
-        self.model = load_pretrained_encoder(
-            device, dtype, settings.checkpoint, settings.revision, compile=settings.compile
-        )
-        self.processor = BatFeatureExtractor.from_model_config(self.model.config).processor.to(device)
-        self.settings = settings
-
-    def num_patches(self, clip: Clip) -> int:
-        """Time patches with sound in them; the front end centres a frame on the end too, which begins no other."""
-        return -(-len(clip.samples) // (PATCH_FRAMES * self.processor.hop_length))
-
-    def num_frames(self, clip: Clip) -> int:
-        return max(self.num_patches(clip) * PATCH_FRAMES, self.settings.num_frames)
-
-    def most_clips(self, num_frames: int) -> int:
-        """That run at once: `batch_size`, or so many longer ones as take no more memory."""
-        return max(1, min(self.settings.batch_size, self.settings.batch_size * self._input_frames // num_frames))
-
-    @property
-    def _input_frames(self) -> int:
-        return self.model.config.input_shape[0]
-
-    @torch.inference_mode()
-    def __call__(self, clips: list[Clip]) -> list[dict[str, torch.Tensor]]:
-        """What the table gets of each clip, as float32 on the device: vectors, and `tokens` (t, D).
-
-        The clips have one number of frames.
-        """
-        settings = self.settings
-        output, cls_tokens = self.model.encode(self._features(clips), head=ClsTokens() if settings.layers else None)
-        columns = {f"cls_{number}": cls_tokens[number - 1].float() for number in settings.layer_numbers}
-        pooled = {"cls": output.pooler_output.float()}
-        if settings.frames or "mean" in settings.pool:
-            tokens = output.patch_tokens.float().mean(dim=3).transpose(1, 2)  # (B, t, D)
-            with_sound = [row[: self.num_patches(clip)] for row, clip in zip(tokens, clips, strict=True)]
-            pooled["mean"] = torch.stack([row.mean(dim=0) for row in with_sound])
-            if settings.frames:
-                columns["tokens"] = with_sound
-        columns["embedding"] = torch.cat([pooled[name] for name in settings.pool.split("+")], dim=1)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-    def _features(self, clips: list[Clip]) -> torch.Tensor:
-        """(B, 1, T, M); clips of the same number of samples are transformed together."""
-        groups = defaultdict(list)
-        for place, clip in enumerate(clips):
-            groups[len(clip.samples)].append(place)
-        parts = []
-        for places in groups.values():
-            waveforms = torch.from_numpy(np.stack([clips[place].samples for place in places]))
-            if self.device.type == "cuda":  # only from pinned memory the copy does not wait
-                waveforms = waveforms.pin_memory()
-            features = self.processor.log_mel(waveforms.to(self.device, non_blocking=True))
-            parts.append(fit_frames(features, self.num_frames(clips[0])))
-        order = torch.tensor(list(itertools.chain(*groups.values()))).argsort()
-        return torch.cat(parts)[order.to(self.device)]
-
-
-class Pool:
-    """Clips that run in batches of one length, and become rows of the table in the order in which they came."""
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
-        self.clips, self.rows, self.seconds, self.waiting = [], [], 0.0, defaultdict(list)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.clips) >= POOL_CLIPS or self.seconds >= POOL_SECONDS
-
-    def add(self, clip: Clip):
-        num_frames = self.encoder.num_frames(clip)
-        self.waiting[num_frames].append(len(self.clips))
-        self.clips.append(clip)
-        self.rows.append(None)
-        self.seconds += clip.end_s - clip.start_s
-        if len(self.waiting[num_frames]) == self.encoder.most_clips(num_frames):
-            self._encode(num_frames)
-
-    def encode_rest(self):
-        for num_frames in sorted(self.waiting):
-            self._encode(num_frames)
-
-    def _encode(self, num_frames: int):
-        places = self.waiting.pop(num_frames)
-        for place, row in zip(places, self.encoder([self.clips[place] for place in places]), strict=True):
-            self.rows[place], self.clips[place].samples = row, None
-
-    @torch.inference_mode()
-    def table(self, schema: pa.Schema) -> pa.Table:
-        """The rows; waits for the device where it is still at work.
-
-        Raises:
-            BrokenRecordingError: there are NaN or infinite values in them.
-        """
-        columns = []
-        for field in schema:
-            if field.name in PLACE:
-                columns.append(pa.array([clip.place[field.name] for clip in self.clips], field.type))
-                continue
-            values = [row[field.name] for row in self.rows]
-            if field.name == "tokens":
-                offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-                vectors = vectors_array(torch.cat(values).cpu().numpy(), field.type.value_type)
-                self._check_finite(field.name, vectors, np.repeat(np.arange(len(values)), np.diff(offsets)))
-                columns.append(pa.ListArray.from_arrays(offsets, vectors, field.type))
-            else:
-                vectors = vectors_array(torch.stack(values).cpu().numpy(), field.type)
-                self._check_finite(field.name, vectors, np.arange(len(values)))
-                columns.append(vectors)
-        return pa.table(columns, schema=schema)
-
-    def _check_finite(self, name: str, vectors: pa.FixedSizeListArray, rows: np.ndarray):
-        """`rows` are the places of the clips that the vectors belong to."""
-        finite = np.isfinite(vectors.flatten().to_numpy(zero_copy_only=False)).reshape(len(vectors), -1).all(axis=1)
-        if finite.all():
-            return
-        bad = [self.clips[place] for place in np.unique(rows[~finite])]
-        places = ", ".join(f"{clip.input.path} at {clip.start_s:.2f} s" for clip in bad[:3])
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        if pa.types.is_float16(vectors.type.value_type):
-            cure = "Begin another table without float16 (--float16), whose numbers end at 65504"
-        else:
-            cure = "Begin another table in float32 (--no-bf16), or with another checkpoint"
-        raise BrokenRecordingError(f"NaN or infinite values in the column {name} of {places}{more}. {cure}.")
-
-
-def pools(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Pool]:
-    """The clips in pools, with all their batches under way."""
-    pool = Pool(encoder)
-    for clip in clips:
-        pool.add(clip)
-        if pool.is_full:
-            pool.encode_rest()
-            yield pool
-            pool = Pool(encoder)
-    if pool.clips:
-        pool.encode_rest()
-        yield pool
-
-
-def compute_on(settings: EmbedSettings) -> tuple[str, str]:
-    """The device and dtype that `auto` and a `bf16` of None mean on this machine."""
-    device = pick_device(settings.device)
-    bf16 = settings.bf16
-    if bf16 is None:
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, "bfloat16" if bf16 else "float32"
-
-
-def read_config(settings: EmbedSettings) -> tuple[Path, BatConfig]:
-    """The file with the weights, and the config that belongs to it.
-
-    Raises:
-        OSError: there are no weights.
-        ValueError: the encoder lacks one of the layers.
-    """
-    weights = find_weights(settings.checkpoint, settings.revision)
-    config = BatConfig.from_pretrained(weights.parent if (weights.parent / "config.json").is_file() else HERE)
-    layers = settings.layer_numbers
-    if layers and not 1 <= min(layers) <= max(layers) <= config.num_hidden_layers:
-        raise ValueError(f"layers={settings.layers!r}: the encoder has the blocks 1 to {config.num_hidden_layers}.")
-    return weights, config
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 in hexadecimal."""
-    with file.open("rb") as content:
-        return sha_fileobj(content).hex()
 
 
 def describe(settings: EmbedSettings, weights: Path, config: BatConfig, inputs: dict) -> dict:
@@ -277,7 +74,7 @@ def begin(settings: EmbedSettings, table: Table, sources: list, dataset: tuple |
         FileNotFoundError: an input is not there.
         OSError: there are no weights, or the folder cannot be written.
     """
-    weights, config = read_config(settings)
+    weights, config = encoder_config(settings)
     Cut.of(settings, config)  # refuses windows that are too short
     table.prepare()
     goes_on = table.exists("metadata.json") and bool(table.finished_units())  # else nothing would be lost
@@ -324,10 +121,6 @@ def _flatten(metadata: dict) -> dict:
     return {name: value for part in parts for name, value in part.items()}
 
 
-class BrokenRecordingError(OSError):
-    """A recording cannot be embedded, and is not to be left out: the settings are strict, or the vectors not finite."""
-
-
 class Progress:
     """The bar of a run: files done, clips/s, audio-hours/s and the time left."""
 
@@ -361,107 +154,14 @@ class Progress:
         }
 
 
-class Stages:
-    """The stages of a run that has begun, for an engine to join: `clips` decodes units, `write` makes one's shard."""
-
-    def __init__(self, settings: EmbedSettings, dataset: tuple | None):
-        self.settings, self.dataset = settings, dataset
-        self.sounds = None if dataset is None else without_decoding(*dataset)
-        self.table = Table(settings.out)
-        self.plan = Plan(self.table.open("inputs.parquet"))
-        _, config = read_config(settings)
-        self.cut = Cut.of(settings, config)
-        self.schema = row_schema(
-            config.hidden_size, settings.pool, settings.layer_numbers, settings.frames, settings.float16
-        )
-
-    def clips(self, units: Iterable[int], executor: Executor | None, workers: int) -> Iterator[tuple[int, Clip]]:
-        """The windows of the units' recordings, each with its unit."""
-
-        def content(item: Input) -> bytes | None:
-            return None if item.row is None else self.sounds[item.row]["audio"]["bytes"]
-
-        inputs = ((unit, item, content(item)) for unit in units for item in self.plan.unit(unit))
-        return read_clips(executor, self.cut, inputs, READ_AHEAD * workers)
-
-    def write(self, unit: int, clips: Iterable[Clip], encoder: Encoder, report: Callable):
-        """Encode a unit's windows and write its shard, with the broken ones in its list of errors.
-
-        Args:
-            report: gets the numbers of files, clips, seconds of sound, and failed files, as they come.
-
-        Raises:
-            BrokenRecordingError: there is a broken one, and the settings are strict.
-            OSError: the shard cannot be written.
-        """
-
-        def whole_clips() -> Iterator[Clip]:
-            last = None
-            for clip in clips:
-                if clip.error is not None and self.settings.strict:
-                    raise BrokenRecordingError(
-                        f"{clip.input.path}: {clip.error} Mend it, leave it out, or run without strict."
-                    )
-                failed = shard.failed
-                if clip.error is not None:
-                    shard.add_error(clip)
-                report(files=clip.input != last, failed=shard.failed - failed)
-                last = clip.input
-                if clip.error is None:
-                    yield clip
-
-        def write_rows(pool: Pool):
-            shard.add(pool.table(self.schema), pool.seconds)
-            report(clips=len(pool.clips), seconds=pool.seconds)
-
-        # A thread fetches the rows from the device and writes them, while the next ones are under way.
-        with self.table.write_shard(unit, self.schema) as shard, ThreadPoolExecutor(1) as thread:
-            written = thread.submit(int)
-            for pool in pools(whole_clips(), encoder):
-                written.result()
-                written = thread.submit(write_rows, pool)
-            written.result()
-
-
-@contextlib.contextmanager
-def on_this_machine(settings: EmbedSettings) -> Iterator[tuple[EmbedSettings, Callable]]:
-    """The engine for one machine: decoding in processes of their own, the encoder in this one."""
-    device, dtype = compute_on(settings)
-    yield replace(settings, device=device, bf16=dtype == "bfloat16"), run_locally
-
-
-def run_locally(stages: Stages, units: list[int], report: Callable):
-    workers = stages.settings.workers
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Before torch has threads or a GPU.
-    with DecodingProcesses(workers) if workers else contextlib.nullcontext() as executor:
-        encoder = Encoder(stages.settings)
-        for unit, clips in itertools.groupby(stages.clips(units, executor, workers), key=itemgetter(0)):
-            stages.write(unit, (clip for _, clip in clips), encoder, report)
-
-
 def engine(settings: EmbedSettings) -> contextlib.AbstractContextManager[tuple[EmbedSettings, Callable]]:
     """Where to run: the settings with the device and dtype there, and what runs units of `Stages` on it."""
     if settings.engine == "local":
         return on_this_machine(settings)
     require("ray.data", "ray")
-    from bat_audio.tools.embed_ray import on_ray
+    from bat_audio_tools.embedding.cluster import on_ray
 
     return on_ray(settings)
-
-
-def explain(error: Exception) -> str:
-    """One line about what stopped a run."""
-    if isinstance(error, OSError):
-        return str(error)
-    reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-    if isinstance(error, MemoryError) or "memory" in reason:
-        reason += (
-            " A smaller batch_size (--batch-size) takes less memory; where there are shards already, begin another "
-            "table with it."
-        )
-    return reason
 
 
 def embed(settings: EmbedSettings) -> dict[str, float]:

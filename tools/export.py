@@ -10,8 +10,6 @@ import ast
 import json
 import logging
 import math
-import os
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -26,7 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bat_audio.load_model import find_weights
 from bat_audio.modeling_bat import BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import PATCH_FRAMES, POWER_FLOOR, BatAudioProcessor, BatFeatureExtractor
-from bat_audio.tools.publish import load_folder
+from bat_audio_tools.folders import check_new, whole
+from bat_audio_tools.publish import load_folder
 
 FORMATS = ("onnx", "pt2")
 OPSET = 18  # of ONNX; read by onnxruntime 1.14 and newer
@@ -203,10 +202,7 @@ def export(
             f"num_frames={num_frames} is for from_waveform, where the graph makes the features; without it they come "
             "from the caller, who cuts or pads them."
         )
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name another file, or remove it first.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
+    check_new(out)
     if format == "onnx":
         _check_libraries()
     model = load_folder(_find_folder(checkpoint)).float().eval()
@@ -216,18 +212,16 @@ def export(
         extractor.num_frames = num_frames
         processor = extractor.processor  # refuses a wrong num_frames
     checks = _make_checks(model, processor)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, _quiet():
-        partial = Path(folder) / f"model.{format}"
+    with whole(out) as partial, _quiet():
+        graph = partial.with_name(f"float32-{out.name}") if int8 else partial
         write = _write_onnx if format == "onnx" else _write_program
         with _plain_errors(f"export this model as {format}"):
-            run = write(model, processor, partial)
+            run = write(model, processor, graph)
         results = _compare(checks, run)
         if int8:
-            float32, partial = partial, Path(folder) / "int8.onnx"
             with _plain_errors("quantise the exported graph"):
-                run = _write_int8(model, float32, partial)
+                run = _write_int8(model, graph, partial)
             results = _compare_int8(checks, run)
-        os.replace(partial, out)
     return results
 
 

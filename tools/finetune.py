@@ -11,8 +11,6 @@ import copy
 import hashlib
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -32,20 +30,14 @@ from bat_audio.modeling_bat import (
     BatModel,
 )
 from bat_audio.processing_bat import BatFeatureExtractor
-from bat_audio.tools.card import public_name, write_card
-from bat_audio.tools.data import (
-    Augmentation,
-    ClipDataset,
-    Example,
-    check_clips,
-    label_names,
-    read_examples,
-    require,
-    split_examples,
-)
-from bat_audio.tools.locking import lock
-from bat_audio.tools.recipes import FinetuneSettings
-from bat_audio.tools.training import (
+from bat_audio_tools.folders import lock, whole
+from bat_audio_tools.machine import require
+from bat_audio_tools.names import public_name
+from bat_audio_tools.settings import FinetuneSettings
+from bat_audio_tools.training.card import write_card
+from bat_audio_tools.training.clips import Augmentation, ClipDataset
+from bat_audio_tools.training.examples import Example, check_clips, label_names, read_examples, split_examples
+from bat_audio_tools.training.trainer import (
     BatTrainer,
     claim,
     last_whole_checkpoint,
@@ -277,9 +269,7 @@ def _write_folder(
     log_history: list[dict],
     num_clips: int,
 ):
-    """The model folder, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        partial = Path(folder) / "model"
+    with whole(out) as partial:
         extractor.save_pretrained(partial)
         model.save_pretrained(partial)
         write_card(
@@ -295,7 +285,6 @@ def _write_folder(
             num_clips=num_clips,
         )
         (partial / "eval_results.json").write_text(json.dumps(metrics, indent=2))
-        os.replace(partial, out)
 
 
 def _base_model(settings: FinetuneSettings) -> str | None:

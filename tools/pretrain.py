@@ -10,8 +10,6 @@ the same.
 import contextlib
 import itertools
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,13 +20,13 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import check_compiler, load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor
-from bat_audio.tools.card import write_encoder_card
-from bat_audio.tools.data import require
-from bat_audio.tools.locking import lock
-from bat_audio.tools.masked_regression import MaskedRegression, block_masks
-from bat_audio.tools.pretrain_data import MaskedClips, Recordings
-from bat_audio.tools.recipes import PretrainSettings
-from bat_audio.tools.training import (
+from bat_audio_tools.folders import lock, whole
+from bat_audio_tools.machine import require
+from bat_audio_tools.settings import PretrainSettings
+from bat_audio_tools.training.card import write_encoder_card
+from bat_audio_tools.training.masked_clips import MaskedClips, Recordings
+from bat_audio_tools.training.masked_regression import MaskedRegression, block_masks
+from bat_audio_tools.training.trainer import (
     BatTrainer,
     claim,
     last_whole_checkpoint,
@@ -174,9 +172,7 @@ def _clip_seconds(settings: PretrainSettings, config: BatConfig) -> float:
 
 
 def _write_folder(out: Path, model: MaskedRegression, settings: PretrainSettings, facts: dict, log: list[dict]):
-    """The model folder, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        partial = Path(folder) / "model"
+    with whole(out) as partial:
         model.student.encoder.save_pretrained(partial)
         write_encoder_card(
             partial,
@@ -188,4 +184,3 @@ def _write_folder(out: Path, model: MaskedRegression, settings: PretrainSettings
             settings={name: value for name, value in vars(settings).items() if value is not None},
             log_history=log,
         )
-        os.replace(partial, out)

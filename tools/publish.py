@@ -27,7 +27,7 @@ from bat_audio import modeling_bat
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import AUTO_MAP, BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import BatFeatureExtractor
-from bat_audio.tools.card import write_card, write_encoder_card
+from bat_audio_tools.training.card import write_card, write_encoder_card
 
 PACKAGE = Path(__file__).parent.parent
 # Beside what `save_pretrained` writes.

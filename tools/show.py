@@ -5,7 +5,6 @@
 Shapes: T frames of 10 ms, M mel bands, H heads; t = T/16 time patches and f = M/16 mel patches.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
-from bat_audio.tools.data import pick_device, require
-from bat_audio.tools.embed_decode import load_any
+from bat_audio_tools.folders import whole
+from bat_audio_tools.machine import pick_device, require
+from bat_audio_tools.sounds.reading import load_any
 
 FORMATS = (".png", ".pdf", ".svg")
 DPI = 120  # also of what PDF and SVG hold as pixels
@@ -231,10 +231,6 @@ def show(
     figure = draw(view, config, name=Path(source).name, block=block, heads=heads, start=start)
     if untrained:
         figure.suptitle("Random weights: tokens and attention mean nothing", color="#D55E00")
-    partial = out.with_name(f".{out.name}.partial{out.suffix}")
-    try:
+    with whole(out) as partial:
         figure.savefig(partial, dpi=DPI)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return view

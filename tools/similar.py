@@ -20,10 +20,13 @@ from pyarrow import parquet
 from torch import nn
 from transformers.utils import logging
 
-from bat_audio.tools.embed import Encoder, file_digest, read_config
-from bat_audio.tools.embed_decode import Clip, load_any, opened
-from bat_audio.tools.embed_inputs import Input, Plan, is_address
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio_tools.embedding.encoder import Encoder, encoder_config
+from bat_audio_tools.embedding.windows import Window
+from bat_audio_tools.folders import file_digest
+from bat_audio_tools.names import is_address
+from bat_audio_tools.settings import RowSettings
+from bat_audio_tools.sounds.listing import Plan
+from bat_audio_tools.sounds.reading import Input, load_any, opened
 
 PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
 LONG_QUERY = 1.5  # times the table's segment, from where a whole recording is hardly comparable with its parts
@@ -79,18 +82,10 @@ def similar(
         checkpoint, revision = named, commit
     else:
         checkpoint, revision = str(checkpoint), None
-    settings = EmbedSettings(
-        inputs=[str(query)],
-        out=str(table),
-        checkpoint=checkpoint,
-        revision=revision,
-        whole=True,
-        pool=pool,
-        num_frames=num_frames,
-        device=device,
-        bf16=False,
+    settings = RowSettings(
+        checkpoint=checkpoint, revision=revision, pool=pool, num_frames=num_frames, device=device, bf16=False
     )
-    weights, config = read_config(settings)
+    weights, config = encoder_config(settings)
     if file_digest(weights) != digest:
         raise ValueError(
             f"{weights} holds other weights than those that {metadata_file} names by their SHA-256, {digest}, so its "
@@ -104,8 +99,8 @@ def similar(
             f"{query}: {seconds:.1f} s get one embedding, which is compared with parts of {segment:g} s; for a part of "
             "the recording say start and duration (--start, --duration)."
         )
-    clip = Clip(Input(str(query), str(query)), start, None, samples)
-    return nearest_rows(Encoder(settings)([clip])[0]["embedding"].cpu(), table, k)
+    window = Window(Input(str(query), str(query)), start, None, samples)
+    return nearest_rows(Encoder(settings)([window])[0]["embedding"].cpu(), table, k)
 
 
 def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[dict]:

@@ -1,12 +1,11 @@
 """BAT-tiny, a small encoder for demonstrations: made from nothing, and judged on held-out sounds.
 
-    python -m bat_audio.tools.bat_tiny build/bat-tiny
+    python -m bat_tiny build/bat-tiny
 
 makes the sounds, pre-trains on them, and writes the model with its card and results.json to build/bat-tiny/model. What
 is there already is not made again, so that a stopped build goes on. Needs the extras `train` and `tiny`.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,15 +20,16 @@ from torch import nn
 from bat_audio import BatConfig, BatModel
 from bat_audio.load_model import load_audio_processor, load_pretrained_encoder
 from bat_audio.processing_bat import BatAudioProcessor, load_audio
-from bat_audio.tools.bat_tiny_sounds import SCENES, make_sounds
-from bat_audio.tools.card import table
-from bat_audio.tools.data import read_examples, require
-from bat_audio.tools.demo import patch_frames, time_statistics
-from bat_audio.tools.embed import file_digest
-from bat_audio.tools.finetune import finetune
-from bat_audio.tools.pretrain import LOGGED, pretrain
-from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
-from bat_audio.tools.training import last_whole_checkpoint
+from bat_audio_tools.finetune import finetune
+from bat_audio_tools.folders import file_digest, whole
+from bat_audio_tools.machine import require
+from bat_audio_tools.pretrain import LOGGED, pretrain
+from bat_audio_tools.settings import FinetuneSettings, PretrainSettings
+from bat_audio_tools.training.card import table
+from bat_audio_tools.training.examples import read_examples
+from bat_audio_tools.training.trainer import last_whole_checkpoint
+from bat_tiny.demo import time_statistics, tokens_over_time
+from bat_tiny.sounds import SCENES, make_sounds
 
 # 2.9 million parameters; 2.56 s of sound at a time.
 CONFIG = {
@@ -96,7 +96,7 @@ publish FOLDER NAMESPACE/NAME` makes a repository of them, in float32, that load
 nothing:
 
 ```bash
-python -m bat_audio.tools.bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
+python -m bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
 ```
 
 ## Results
@@ -132,7 +132,7 @@ steps:
 
 ## Sounds
 
-Made by `python -m bat_audio.tools.bat_tiny_sounds` of these Debian packages, which keep their licences; the sounds
+Made by `python -m bat_tiny.sounds` of these Debian packages, which keep their licences; the sounds
 do not come with the model. Some of the sounds in the repository's `examples/` are among them.
 
 {packages}
@@ -154,19 +154,17 @@ def build(work: Path):
         make_sounds(sounds)
     for folder, make in ((random, random_encoder), (initial, partial(initial_encoder, sounds / "pretrain"))):
         if not folder.exists():
-            begun = folder.with_suffix(".partial")
-            make().save_pretrained(begun)
-            begun.replace(folder)
+            with whole(folder) as begun:
+                make().save_pretrained(begun)
     if not encoder.exists():
         data = [str(sounds / "pretrain" / kind) for kind in SCENES]
         pretrain(PretrainSettings(data=data, out=str(encoder), init=str(initial), **RECIPE))
     if not model.exists():
-        shipped = work / "model.partial"
-        store(encoder, shipped)
-        results = evaluate({"BAT-tiny": shipped, "initial": initial, "random": random}, sounds / "tasks")
-        heads = probe(shipped, sounds / "tasks", work / "probes")
-        describe(shipped, encoder, results, heads, json.loads((sounds / "sources.json").read_text()))
-        shipped.replace(model)
+        with whole(model) as shipped:
+            store(encoder, shipped)
+            results = evaluate({"BAT-tiny": shipped, "initial": initial, "random": random}, sounds / "tasks")
+            heads = probe(shipped, sounds / "tasks", work / "probes")
+            describe(shipped, encoder, results, heads, json.loads((sounds / "sources.json").read_text()))
 
 
 def random_encoder() -> BatModel:
@@ -206,7 +204,7 @@ def evaluate(encoders: dict[str, Path], tasks: Path) -> dict[str, dict[str, dict
     """
     processor = load_audio_processor(num_frames=None)
     representations = {
-        name: partial(patch_frames, load_pretrained_encoder(checkpoint=checkpoint), processor)
+        name: partial(tokens_over_time, load_pretrained_encoder(checkpoint=checkpoint), processor)
         for name, checkpoint in encoders.items()
     }
     representations["log-mel"] = lambda waveform: processor.log_mel(waveform)[0, 0]  # (T, M)
@@ -268,7 +266,6 @@ def probe(encoder: Path, tasks: Path, work: Path) -> dict[str, dict[str, float]]
 
 def store(encoder: Path, out: Path):
     """Write the encoder to a new model folder, in float16 and without code: the package has it, and publish adds it."""
-    shutil.rmtree(out, ignore_errors=True)
     BatModel.from_pretrained(encoder).half().save_pretrained(out)
     for code in out.glob("*.py"):
         code.unlink()
@@ -345,9 +342,3 @@ def margins(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def percentages(scores: dict[str, float]) -> list[str]:
     return [f"{100 * score:.1f} %" for score in scores.values()]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make BAT-tiny: its sounds, its training and its results.")
-    parser.add_argument("folder", type=Path, help="where all is made; what is there already is kept")
-    build(parser.parse_args().folder)

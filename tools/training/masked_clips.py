@@ -5,7 +5,6 @@ Shapes: T frames of 10 ms, M mel bands; V views of a clip, each with K of its pa
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import islice
@@ -20,14 +19,15 @@ from torch import nn
 from transformers.utils import logging
 
 from bat_audio.processing_bat import BatAudioProcessor, fit_frames
-from bat_audio.tools.data import EpochOrder, without_decoding
-from bat_audio.tools.embed_decode import load_any, opened, seconds_of
-from bat_audio.tools.embed_inputs import SCHEMA, Input, list_inputs, read_dataset
-from bat_audio.tools.masked_regression import block_masks
+from bat_audio_tools.folders import whole
+from bat_audio_tools.sounds.listing import SCHEMA, list_inputs, read_dataset
+from bat_audio_tools.sounds.manifests import without_decoding
+from bat_audio_tools.sounds.reading import Input, load_any, opened, seconds_of
+from bat_audio_tools.training.clips import EpochOrder
+from bat_audio_tools.training.masked_regression import block_masks
 
 SURVEY_CHUNK = 4096  # recordings that are measured at a time
 LISTED = 3  # broken ones that a message names; a file has them all
-
 logger = logging.get_logger(__name__)
 
 
@@ -85,9 +85,12 @@ class Recordings:
 
     def _measure(self, folder: Path) -> dict:
         schema = SCHEMA.append(pa.field("seconds", pa.float64()))
-        partial = folder / "recordings.partial"
         count, seconds, broken, items, digest = 0, 0.0, [], self._items(), hashlib.sha256()
-        with ThreadPool() as threads, parquet.ParquetWriter(partial, schema) as writer:
+        with (
+            whole(folder / "recordings.parquet") as partial,
+            ThreadPool() as threads,
+            parquet.ParquetWriter(partial, schema) as writer,
+        ):
             while chunk := list(islice(items, SURVEY_CHUNK)):
                 rows = []
                 for item, measured in zip(chunk, threads.map(self._seconds, chunk), strict=True):
@@ -108,7 +111,6 @@ class Recordings:
                 "digest": digest.hexdigest(),
             }
             writer.add_key_value_metadata({"survey": json.dumps(facts)})
-        os.replace(partial, folder / "recordings.parquet")
         return facts
 
     def _seconds(self, item: Input) -> float | str:
@@ -116,17 +118,13 @@ class Recordings:
         if item.problem is not None:
             return item.problem
         try:
-            with opened(item.path, self.content(item)) as source:
+            with opened(item.path, item.content(self.sounds)) as source:
                 seconds = seconds_of(source) - item.start
         except Exception as error:  # whatever a decoder makes of a damaged file
             return " ".join(str(error).split()) or type(error).__name__
         if item.duration is not None:
             seconds = min(seconds, item.duration)
         return seconds if seconds > 0 else f"holds nothing from {item.start} s on"
-
-    def content(self, item: Input) -> bytes | None:
-        """Of a sound inside a dataset."""
-        return None if item.row is None else self.sounds[item.row]["audio"]["bytes"]
 
 
 def _name_of(item: Input) -> bytes:
@@ -207,7 +205,7 @@ class MaskedClips(torch.utils.data.Dataset):
         start, duration = item.start, item.duration
         if seconds > self.clip_seconds:
             start, duration = start + generator.uniform(0, seconds - self.clip_seconds), self.clip_seconds
-        with opened(item.path, self.recordings.content(item)) as source:
+        with opened(item.path, item.content(self.recordings.sounds)) as source:
             waveform = load_any(source, start, duration, rate)
         samples = round(self.clip_seconds * rate)
         waveform = waveform[:samples]  # a header may tell too short a time

@@ -19,17 +19,11 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockAccessor
 
-from bat_audio.tools.embed import (
-    BrokenRecordingError,
-    Encoder,
-    Stages,
-    compute_on,
-    explain,
-    file_digest,
-    read_config,
-)
-from bat_audio.tools.embed_decode import DecodingProcesses
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio_tools.embedding.encoder import Encoder, compute_on, encoder_config
+from bat_audio_tools.embedding.stages import Stages, explain
+from bat_audio_tools.embedding.windows import BrokenRecordingError, DecodingProcesses
+from bat_audio_tools.folders import file_digest
+from bat_audio_tools.settings import EmbedSettings
 
 CPUS_PER_ACTOR = 4  # at most, where nothing else is asked for
 # Of an actor that was killed, by the loss of its node or by a lack of memory, which could come back for ever. Retries
@@ -54,7 +48,7 @@ class UnitEmbedder:
         self.executor = DecodingProcesses(self.workers)  # before torch has threads or a GPU
         self.problem = None
         try:
-            weights, _ = read_config(settings)
+            weights, _ = encoder_config(settings)
             if file_digest(weights) != weights_sha256:
                 raise ValueError(f"{weights} holds other weights than the table was begun with.")
             self.stages = Stages(settings, dataset)
@@ -74,8 +68,8 @@ class UnitEmbedder:
         try:
             if self.problem is not None:
                 raise OSError(self.problem)
-            clips = self.stages.clips([unit], self.executor, self.workers)
-            self.stages.write(unit, (clip for _, clip in clips), self.encoder, report)
+            windows = self.stages.windows([unit], self.executor, self.workers)
+            self.stages.write(unit, (window for _, window in windows), self.encoder, report)
         except (OSError, RuntimeError, MemoryError) as failure:  # of which Ray would make a traceback
             error, is_broken = explain(failure), isinstance(failure, BrokenRecordingError)
         return {name: [value] for name, value in {**done, "error": error, "is_broken": is_broken}.items()}

@@ -23,8 +23,7 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 from pyarrow import parquet
 
-from bat_audio.tools.embed_decode import Clip
-from bat_audio.tools.locking import lock
+from bat_audio_tools.folders import lock
 
 PLACE = {"id": pa.string(), "path": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
 ERRORS = pa.schema({**PLACE, "error": pa.string()})
@@ -171,13 +170,18 @@ class ShardWriter:
         self.writer.write_table(rows)
         self.seconds += seconds
 
-    def add_error(self, clip: Clip):
-        """Windows of a recording that touch and have the same error become one, as long as all of them."""
-        last, is_same = self.errors[-1] if self.errors else {}, clip.input == self.last_failed
-        touches = is_same and last["end_s"] is not None and clip.start_s < last["end_s"] + 1e-6
-        if touches and last["error"] == clip.error:
-            last["end_s"] = clip.end_s
+    def add_error(self, recording, place: dict, error: str):
+        """Note why a window is missing; errors that are alike and touch become one, as long as all of them.
+
+        Args:
+            recording: what the window is cut from; its windows come one after the other.
+            place: the window's values of the columns PLACE.
+        """
+        last, is_same = self.errors[-1] if self.errors else {}, recording == self.last_failed
+        touches = is_same and last["end_s"] is not None and place["start_s"] < last["end_s"] + 1e-6
+        if touches and last["error"] == error:
+            last["end_s"] = place["end_s"]
         else:
-            self.errors.append({**clip.place, "error": clip.error})
+            self.errors.append({**place, "error": error})
         self.failed += not is_same
-        self.last_failed = clip.input
+        self.last_failed = recording

@@ -1,6 +1,6 @@
 """The sounds that BAT-tiny is pre-trained on and judged by, made from Debian packages alone.
 
-    python -m bat_audio.tools.bat_tiny_sounds FOLDER
+    python -m bat_tiny.sounds FOLDER
 
 needs Debian 12 or newer and the extra `tiny`, fetches some 700 MB of packages without installing them, and fills FOLDER
 with FLAC files, 16 kHz, mono, 16 bit:
@@ -42,6 +42,7 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import fftconvolve
 
 from bat_audio.processing_bat import SAMPLE_RATE, load_audio
+from bat_audio_tools.folders import whole
 
 PROGRAMS = {"apt-get": "apt", "dpkg-deb": "dpkg", "espeak-ng": "espeak-ng", "fluidsynth": "fluidsynth", "sox": "sox"}
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -194,20 +195,19 @@ def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads
         raise RuntimeError(f"espeak-ng has no variants {', '.join(unknown)}, which would all sound as its plain voice.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
+        whole(folder) as made,
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work,
-        ProcessPoolExecutor(os.cpu_count()) as pool,
+        ProcessPoolExecutor(os.cpu_count()) as processes,
     ):
-        made = Path(work) / "made"
         debs = _fetch(Path(downloads or Path(work) / "debs"))
-        roots = dict(zip(debs, pool.map(_unpack, debs.values(), itertools.repeat(Path(work))), strict=True))
+        roots = dict(zip(debs, processes.map(_unpack, debs.values(), itertools.repeat(Path(work))), strict=True))
         rng = np.random.default_rng(seed)
         clips = _thin(_plan(roots, rng), scale, rng)
-        rows = [row for row in pool.map(partial(_make, made, seed), clips, chunksize=8) if row]
-        rows = _without_takes(made, rows, pool)
+        rows = [row for row in processes.map(partial(_make, made, seed), clips, chunksize=8) if row]
+        rows = _without_takes(made, rows, processes)
         scenes = _plan_scenes(made, rows, scale, rng)
-        rows += [row for row in pool.map(partial(_make, made, seed), scenes, chunksize=8) if row]
+        rows += [row for row in processes.map(partial(_make, made, seed), scenes, chunksize=8) if row]
         _describe(made, roots, debs, rows, seed, scale)
-        os.replace(made, folder)
 
 
 def _run(command: list[str], **options) -> bytes:
@@ -436,7 +436,7 @@ def _plan_scenes(made: Path, rows: list[dict], scale: float, rng: np.random.Gene
             yield Clip(f"pretrain/{kind}/{number:04d}", kind, ";".join(paths), sound)
 
 
-def _without_takes(made: Path, rows: list[dict], pool: ProcessPoolExecutor) -> list[dict]:
+def _without_takes(made: Path, rows: list[dict], processes: ProcessPoolExecutor) -> list[dict]:
     """Remove the effects of a task that are takes or edits of one that comes before, in pretrain or in its train part.
 
     Only within a package: what two packages share is the same file, of which there is but one.
@@ -446,7 +446,7 @@ def _without_takes(made: Path, rows: list[dict], pool: ProcessPoolExecutor) -> l
         for row in rows:
             if (row["part"], row["source"]) == (part, "effects"):
                 packages[row["origin"].split(":")[0]].append(row)
-    takes = set(itertools.chain.from_iterable(pool.map(partial(_takes, made), packages.values())))
+    takes = set(itertools.chain.from_iterable(processes.map(partial(_takes, made), packages.values())))
     for path in takes:
         (made / path).unlink()
     return [row for row in rows if row["path"] not in takes]

@@ -1,17 +1,12 @@
 """Recordings to windows of samples, in processes of their own; the first stage of `bat-audio embed`."""
 
 import contextlib
-import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
-import subprocess
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,19 +15,22 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.pipeline_bat import UNKNOWN_FORMAT
-from bat_audio.processing_bat import MAX_AMPLITUDE, MIN_FILE_RATE, UNKNOWN_FRAMES, announced_frames, load_audio
-from bat_audio.tools.data import require
-from bat_audio.tools.embed_inputs import Input, is_address
-from bat_audio.tools.embed_settings import EmbedSettings
+from bat_audio.processing_bat import (
+    MAX_AMPLITUDE,
+)
+from bat_audio_tools.settings import EmbedSettings
+from bat_audio_tools.sounds.reading import Input, known_seconds, load_any, opened, sound_blocks
+
+
+class BrokenRecordingError(OSError):
+    """A recording cannot be embedded, and is not to be left out: the settings are strict, or the vectors not finite."""
+
 
 PART_SECONDS = 120  # of a long recording that are read at once; to find a place in an MP3 file takes long
-BLOCK_SECONDS = 0.5  # that are decoded at once where the length is not known; a broken end costs one such block
 MISSING_SECONDS = 0.1  # that a decoder may give less than the header tells
 FAILED_PARTS = 3  # in a row after which a recording is given up; a damaged header may tell any length
 KILLS = "Reading it kills the process, which a lack of memory may do too."
@@ -41,7 +39,7 @@ READ_AHEAD_BYTES = 1 << 29  # of samples that are decoded before they are asked 
 
 
 @dataclass
-class Clip:
+class Window:
     """A window of a recording: mono float32 samples (samples,) at the encoder's rate, or why there are none.
 
     Args:
@@ -103,9 +101,9 @@ class Cut:
         """From the start of the first to the end of the last."""
         return (windows - 1) * self.hop + self.segment
 
-    def broken(self, item: Input, number: int, reason: str, windows: int = 1) -> Clip:
+    def broken(self, item: Input, number: int, reason: str, windows: int = 1) -> Window:
         start, duration = self.place(item, number, windows)
-        return Clip(item, start, None if duration is None else start + duration, error=reason)
+        return Window(item, start, None if duration is None else start + duration, error=reason)
 
     @property
     def part_windows(self) -> int:
@@ -117,15 +115,15 @@ class Cut:
         size = self.part_windows
         return (numbers[first : first + size] for first in range(0, len(numbers), size))
 
-    def clips(self, item: Input, stretch: "Stretch") -> Iterator[Clip]:
-        """The windows of a stretch; broken ones are one clip."""
+    def windows(self, item: Input, stretch: "Stretch") -> Iterator[Window]:
+        """The windows of a stretch; those that are broken are one Window."""
         if stretch.error is not None:
             yield self.broken(item, stretch.numbers[0], stretch.error, len(stretch.numbers))
             return
         for place, number in enumerate(stretch.numbers):
             samples = stretch.samples[place * self.hop :][: self.segment]
             start, _ = self.place(item, number)
-            yield Clip(item, start, start + len(samples) / self.rate, samples)
+            yield Window(item, start, start + len(samples) / self.rate, samples)
 
     def problem(self, samples: np.ndarray, windows: int = 1) -> str | None:
         """Why these windows cannot be embedded; the last one is the shortest."""
@@ -272,205 +270,10 @@ def stream(cut: Cut, item: Input, content: bytes | None) -> Iterator[Found]:
         yield found
 
 
-@contextlib.contextmanager
-def opened(path: str, content: bytes | None) -> Iterator[str | io.IOBase]:
-    """What `load_audio` reads the recording from; an OSError says why it cannot, which libsndfile does not."""
-    if content is not None:
-        source = io.BytesIO(content)
-        source.name = path
-        yield source
-    elif is_address(path):
-        with fsspec.open(path, "rb") as file:
-            yield file
-    else:
-        with open(path, "rb"):
-            yield path
-
-
-def load_any(source: str | io.IOBase, start: float, duration: float | None, rate: int) -> torch.Tensor:
-    """As `load_audio`; what libsndfile does not know (m4a, webm, ...) is read by the ffmpeg program."""
-    try:
-        return load_audio(source, start, duration, rate)
-    except ValueError as error:
-        if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # a damaged file, which is not to be repaired
-            raise
-        try:
-            samples = np.concatenate(list(_ffmpeg_blocks(source, start, duration, rate)))
-        except ValueError as ffmpeg_error:
-            raise ValueError(f"{error} Nor could the ffmpeg program read it: {ffmpeg_error}.") from error
-        if not np.isfinite(samples).all():
-            raise ValueError("holds NaN or infinite samples.") from error
-        return torch.from_numpy(samples)
-
-
-def sound_blocks(source: str | io.IOBase, start: float, duration: float | None, rate: int) -> Iterator[np.ndarray]:
-    """The samples of `load_any` as they are decoded, from the file's start to where no more come.
-
-    Raises:
-        ValueError, soundfile.LibsndfileError: it cannot be read, or not on from here.
-    """
-    soundfile, soxr = require("soundfile", "embed"), require("soxr", "embed")
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(soundfile.SoundFile(source))
-        except soundfile.LibsndfileError as error:
-            if error.code != UNKNOWN_FORMAT:
-                raise
-            try:
-                yield from _ffmpeg_blocks(source, start, duration, rate)
-            except ValueError as ffmpeg_error:
-                raise ValueError(
-                    f"cannot be read as audio: {error.error_string.rstrip('.')}. Nor could the ffmpeg program read it: "
-                    f"{ffmpeg_error}."
-                ) from error
-            return
-        if is_mp3 := file.format == "MP3":
-            endless = EndlessFile(stack.enter_context(open(source, "rb")) if isinstance(source, str) else source)
-            file = stack.enter_context(soundfile.SoundFile(endless))
-        if file.samplerate < MIN_FILE_RATE:
-            raise ValueError(f"its rate of {file.samplerate} Hz is too low for sound.")
-        file.seekable = lambda: False  # soundfile seeks after every read, which fails at an end that no header tells
-        resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ")
-        skip, left, is_last = round(start * rate), math.inf if duration is None else round(duration * rate), False
-        while left > 0 and not is_last:
-            try:
-                block = file.read(round(BLOCK_SECONDS * file.samplerate), dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError:
-                if not (is_mp3 and endless.is_at_end):  # an MP3 stream may break off inside a frame
-                    raise
-                block = np.zeros((0, 1), np.float32)
-            is_last = len(block) == 0
-            samples = resampler.resample_chunk(block.mean(axis=1), last=is_last)
-            part = samples[skip:][: min(left, len(samples))]
-            skip, left = max(0, skip - len(samples)), left - len(part)
-            yield part
-
-
-class EndlessFile(io.RawIOBase):
-    """An MP3 file that seems to be 64 times as long.
-
-    Where the header does not tell an MP3's length, libsndfile estimates it from the size of the file and the first
-    frame's bit rate, 320 kbit/s at most, and reads no further. From this file it reads to where no more comes.
-    """
-
-    def __init__(self, file: io.IOBase):
-        self.file = file
-        self.real_size = file.seek(0, os.SEEK_END)
-        self.place = 0
-
-    @property
-    def is_at_end(self) -> bool:
-        return self.place >= self.real_size
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: 64 * self.real_size}[whence]
-        return self.place
-
-    def tell(self) -> int:
-        return self.place
-
-    def readinto(self, buffer) -> int:
-        left = max(0, 64 * self.real_size - self.place)
-        if left <= 128:  # where there may be a tag, which libsndfile looks for
-            content = bytes(min(left, len(buffer)))
-        else:
-            self.file.seek(self.place)
-            content = self.file.read(len(buffer))
-        buffer[: len(content)] = content
-        self.place += len(content)
-        return len(content)
-
-
-def known_seconds(source: str | io.IOBase) -> float | None:
-    """The length that the header tells; None where there is none, or only an estimate.
-
-    Raises:
-        soundfile.LibsndfileError: a damaged file.
-    """
-    soundfile = require("soundfile", "embed")
-    try:
-        with soundfile.SoundFile(source) as file:
-            frames, rate, is_mp3 = announced_frames(file), file.samplerate, file.format == "MP3"
-    except soundfile.LibsndfileError as error:
-        if error.code != UNKNOWN_FORMAT:
-            raise
-        return None
-    if frames > UNKNOWN_FRAMES:
-        return None
-    if is_mp3:
-        with (
-            open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as content,
-            soundfile.SoundFile(EndlessFile(content)) as file,
-        ):
-            if file.frames != frames:  # so it was estimated
-                return None
-    return frames / rate
-
-
-def seconds_of(source: str | io.IOBase) -> float:
-    """The length, where need be as libsndfile or ffmpeg estimates it."""
-    soundfile = require("soundfile", "embed")
-    try:
-        with soundfile.SoundFile(source) as file:
-            if file.frames > UNKNOWN_FRAMES:
-                raise ValueError("its header tells no length; convert it.")
-            return file.frames / file.samplerate
-    except soundfile.LibsndfileError as error:
-        if error.code != UNKNOWN_FORMAT:
-            raise
-        show = ["-show_entries", "format=duration", "-of", "json"]
-        about = json.loads(b"".join(_run_on_file(["ffprobe", *show], source)))["format"]
-        if "duration" not in about:
-            raise ValueError("its header tells no length; convert it.") from error
-        return float(about["duration"])
-
-
-def _ffmpeg_blocks(source: str | io.IOBase, start: float, duration: float | None, rate: int) -> Iterator[np.ndarray]:
-    part = ["-ss", f"{start:.6f}", *([] if duration is None else ["-t", f"{duration:.6f}"])]
-    form = ["-map", "0:a:0", "-ac", "1", "-ar", str(rate), "-f", "f32le", "-"]
-    is_empty = True
-    for content in _run_on_file(["ffmpeg", "-nostdin", "-xerror", *part, "-i"], source, form):
-        is_empty = False
-        yield np.frombuffer(content, dtype="<f4").copy()
-    if is_empty:
-        raise ValueError(f"it holds nothing from {start} s on")
-
-
-def _run_on_file(command: list[str], source: str | io.IOBase, options: Iterable[str] = ()) -> Iterator[bytes]:
-    """What a program of ffmpeg prints about a file, in blocks, or a ValueError with the reason."""
-    with contextlib.ExitStack() as stack:
-        if not isinstance(source, str):  # ffmpeg has to seek in some formats
-            copy = stack.enter_context(tempfile.NamedTemporaryFile())
-            source.seek(0)
-            shutil.copyfileobj(source, copy)
-            copy.flush()
-            source = copy.name
-        quiet = ["-v", "error", "-protocol_whitelist", "file"]  # a playlist in the file must not reach for the network
-        said = stack.enter_context(tempfile.TemporaryFile())
-        try:
-            process = subprocess.Popen(
-                [command[0], *quiet, *command[1:], f"file:{source}", *options], stdout=subprocess.PIPE, stderr=said
-            )
-        except FileNotFoundError as error:
-            raise ValueError(f"{command[0]} is not installed") from error
-        with process:
-            try:
-                while content := process.stdout.read(1 << 20):
-                    yield content
-            except BaseException:  # above all a GeneratorExit, when no more is wanted
-                process.kill()
-                raise
-        if process.returncode:
-            said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines() or [f"status {process.returncode}"]
-            reason = re.sub(r"\[[^]]* @ 0x\w+\] ", "", lines[0]).replace(f"file:{source}", "the file")
-            raise ValueError(reason.rstrip(".").removeprefix("the file: "))
-
-
 class DecodingProcesses(Executor):
-    """A pool of processes, all of them started, which end with this one however it ends.
+    """Processes for decoding, all of them started, which end with this one however it ends.
 
-    Where a recording kills its process, the pool begins anew. What was under way is called again, each by itself.
+    Where a recording kills its process, they begin anew. What was under way is called again, each by itself.
     """
 
     def __init__(self, number: int):
@@ -478,19 +281,19 @@ class DecodingProcesses(Executor):
         self._begin()
 
     def _begin(self):
-        self.pool = ProcessPoolExecutor(self.number, initializer=_begin_process)
-        self.pool.submit(int).result()
+        self.executor = ProcessPoolExecutor(self.number, initializer=_begin_process)
+        self.executor.submit(int).result()
 
     def submit(self, function: Callable, *arguments) -> Future:
         try:
-            return self.pool.submit(function, *arguments)
+            return self.executor.submit(function, *arguments)
         except BrokenExecutor:
             self._begin()
-            return self.pool.submit(function, *arguments)
+            return self.executor.submit(function, *arguments)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True):
         """End the processes; what is under way is waited for, what is not is given up."""
-        self.pool.shutdown(wait, cancel_futures=cancel_futures)
+        self.executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
 def result_of(future: Future, function: Callable, arguments: tuple) -> Any:
@@ -584,9 +387,9 @@ def read_ahead(
             future.cancel()
 
 
-def read_clips(
+def read_windows(
     executor: Executor | None, cut: Cut, inputs: Iterable[tuple[int, Input, bytes | None]], ahead: int
-) -> Iterator[tuple[int, Clip]]:
+) -> Iterator[tuple[int, Window]]:
     """The windows of all recordings in order, which is the same for any number of processes.
 
     Args:
@@ -598,7 +401,7 @@ def read_clips(
         found = found or Found([Stretch(range(1), error=KILLS)])
         rest = streamed_rest(executor, task) if found.rest is None else read_rest(executor, task, found.rest, ahead)
         for stretch in itertools.chain(found.stretches, rest):
-            yield from ((unit, clip) for clip in cut.clips(item, stretch))
+            yield from ((unit, window) for window in cut.windows(item, stretch))
 
 
 def read_rest(executor: Executor | None, task: tuple, numbers: range, ahead: int) -> Iterator[Stretch]:

@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE
-from bat_audio.tools.recipes import FinetuneSettings, PretrainSettings
+from bat_audio_tools.folders import whole
+from bat_audio_tools.settings import FinetuneSettings, PretrainSettings
 
 FINAL_LEARNING_RATE = 1e-6  # where the cosine ends
 WITHOUT_DECAY = ("block_attention", "prototype_vectors")
@@ -161,9 +162,8 @@ def claim(work: Path, settings: FinetuneSettings | PretrainSettings, clips: str)
                 f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
                 "that folder to begin anew."
             )
-    partial = notes.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2))
-    os.replace(partial, notes)
+    with whole(notes) as partial:
+        partial.write_text(json.dumps(facts, indent=2))
 
 
 def last_whole_checkpoint(work: Path) -> str | None:

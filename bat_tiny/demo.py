@@ -41,13 +41,13 @@ def similarities(model: BatModel, sounds: Sequence[Path]) -> torch.Tensor:
     """Cosines of the sounds' `time_statistics`, less their mean over the sounds: (N, N)."""
     processor = load_audio_processor(num_frames=None)
     embeddings = torch.stack(
-        [time_statistics(patch_frames(model, processor, processor.load_audio(sound))) for sound in sounds]
+        [time_statistics(tokens_over_time(model, processor, processor.load_audio(sound))) for sound in sounds]
     )
     embeddings = nn.functional.normalize(embeddings - embeddings.mean(dim=0), dim=1)
     return embeddings @ embeddings.T
 
 
-def patch_frames(model: BatModel, processor: BatAudioProcessor, waveform: torch.Tensor) -> torch.Tensor:
+def tokens_over_time(model: BatModel, processor: BatAudioProcessor, waveform: torch.Tensor) -> torch.Tensor:
     """Of a waveform (samples,), the patch tokens of all mel bands side by side, every 160 ms: (t, D*f).
 
     They are means over the blocks, of which the targets of the pre-training are made too.

@@ -5,15 +5,15 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from bat_audio.modeling_bat import BatForClassification, BatModel
+from bat_audio_tools.names import hub_id, one_line, public_name
 
 LISTED_CLASSES = 10  # named in the text; more go into a list that unfolds
 LOSS_PLOT = "plots/loss.png"
@@ -171,7 +171,7 @@ def write_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Save the model there first (model.save_pretrained).")
-    name = _one_line(name or public_name(folder))
+    name = one_line(name or public_name(folder))
     metrics = _plain_metrics(metrics or {})
     figures = {}
     if any("loss" in entry or "eval_loss" in entry for entry in log_history or ()):
@@ -414,38 +414,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _one_line(text: str) -> str:
-    """Text without line breaks, control characters and halves of surrogate pairs."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text)
-
-
 def _escape(text: str) -> str:
     """Text as one line of Markdown that shows it as it is: no markup, no HTML, no table borders, no mathematics."""
-    return re.sub(r"([\\`*_\[\]<>|~$&#!])", r"\\\1", _one_line(text))
-
-
-def hub_id(value: Any) -> str | None:
-    """The value, if it may be the name of a Hub repository and is no file here."""
-    if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
-        return None
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return None
-    return value
-
-
-def public_name(value: Any) -> str:
-    """What a card may tell of a setting: of a path the last part, without the folders of one's own machine."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(public_name, value))
-    if not isinstance(value, str | Path | int | float | None):
-        return type(value).__name__  # such as a dataset in memory
-    text = str(value)
-    is_path = isinstance(value, Path) or os.path.exists(text)
-    if is_path or text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():
-        text = re.split(r"[\\/]", os.path.abspath(text))[-1]
-    return _one_line(text)
+    return re.sub(r"([\\`*_\[\]<>|~$&#!])", r"\\\1", one_line(text))
 
 
 def _reference(value: Any, host: str) -> str:

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import fsspec
@@ -22,7 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 from transformers.utils import logging
 
-from bat_audio.tools.data import (
+from bat_audio_tools.names import is_address
+from bat_audio_tools.sounds.manifests import (
     MANIFEST_SUFFIXES,
     EmbeddedAudio,
     check_columns,
@@ -34,6 +35,7 @@ from bat_audio.tools.data import (
     read_seconds,
     sound_suffixes,
 )
+from bat_audio_tools.sounds.reading import Input
 
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
 FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
@@ -49,33 +51,7 @@ SCHEMA = pa.schema(
         "problem": pa.string(),
     }
 )
-
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Input:
-    """A recording, or the part of it that begins at `start` and lasts `duration`.
-
-    Args:
-        id: as in the list of files, else the path.
-        path: as it was given, or an address of fsspec; of a sound inside a dataset the dataset's name and the row.
-        start, duration: the part, in seconds; a duration of None reaches to the end of the file.
-        row: of the sound inside a dataset.
-        problem: why it cannot be embedded, where that is known before it is read.
-    """
-
-    id: str
-    path: str
-    start: float = 0.0
-    duration: float | None = None
-    row: int | None = None
-    problem: str | None = None
-
-
-def is_address(path: str) -> bool:
-    """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
-    return ("://" in path or "::" in path) and not os.path.lexists(path)
 
 
 def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Dataset", str] | None:  # noqa: F821

@@ -1,0 +1,47 @@
+"""Names that users give: of files and addresses, of Hub repositories, and as a model card may tell them."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
+    return ("://" in path or "::" in path) and not os.path.lexists(path)
+
+
+def hub_id(value: Any) -> str | None:
+    """The value, if it may be the name of a Hub repository and is no file here."""
+    if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
+        return None
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return value
+
+
+def public_name(value: Any) -> str:
+    """What a card may tell of a setting: of a path the last part, without the folders of one's own machine."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(public_name, value))
+    if not isinstance(value, str | Path | int | float | None):
+        return type(value).__name__  # such as a dataset in memory
+    text = str(value)
+    is_path = isinstance(value, Path) or os.path.exists(text)
+    if is_path or text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():
+        text = re.split(r"[\\/]", os.path.abspath(text))[-1]
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, control characters and halves of surrogate pairs."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text)
+
+
+def some_of(items: Sequence) -> str:
+    return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

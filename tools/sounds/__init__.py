@@ -1,0 +1,1 @@
+"""Reading sounds and the lists that name them, for every command."""
