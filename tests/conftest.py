@@ -97,21 +97,6 @@ def run(command: list[str], cwd: Path | None = None, check: bool = True, **envir
     return result
 
 
-RUN_COMMANDS = """
-import json, sys
-from typer.testing import CliRunner
-from bat_audio_tools.cli import app
-results = [CliRunner().invoke(app, words, prog_name="bat-audio") for words in json.loads(sys.argv[1])]
-print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
-"""
-
-
-def run_commands(*commands: list) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of commands of bat-audio, one after the other in one fresh interpreter."""
-    printed = run_python(RUN_COMMANDS, json.dumps([list(map(str, words)) for words in commands])).stdout
-    return [tuple(result) for result in json.loads(printed.splitlines()[-1])]
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
     """A tiny encoder for which 10.24 s are four chunks."""

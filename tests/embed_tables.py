@@ -1,7 +1,6 @@
 """What the tests of embedding share: a run in this process, what its table holds, and recordings that are broken."""
 
 import io
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 import torch
-from conftest import THREADS
 from pyarrow import parquet
 
 from bat_audio_tools.embed import embed
@@ -21,13 +19,6 @@ RATE = 16000  # Hz
 def run_embed(inputs, out, checkpoint, **options) -> dict:
     options = {"workers": 0, "device": "cpu", **options}
     return embed(EmbedSettings(inputs=inputs, out=str(out), checkpoint=checkpoint, **options))
-
-
-def run_embed_alone(*arguments, **options):
-    """The same in a process of its own, with the threads that a test's process has."""
-    multiprocessing.set_start_method(None, force=True)  # as in any process, however this one was started
-    torch.set_num_threads(THREADS)
-    run_embed(*arguments, **options)
 
 
 def read(out) -> pa.Table:

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -25,27 +25,15 @@ from embed_tables import (
     read,
     read_errors,
     run_embed,
-    run_embed_alone,
     unfinished,
 )
+from programs import Program
 
 from bat_audio_tools import folders
 from bat_audio_tools.embedding import encoder
 from bat_audio_tools.settings import StartError
 
-PROGRAM = [sys.executable, "-m", "bat_audio_tools.cli", "embed"]
-SMALL = {"shard_size": 4, "num_frames": 16, "segment": 0.5, "workers": 2}
-# Processes that begin to embed at once: they are forked from one that has imported what embedding needs.
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(
-    [
-        "bat_audio_tools.embed",
-        "bat_audio_tools.embedding.stages",
-        "pyarrow.parquet",
-        "soundfile",
-        "transformers.modeling_utils",
-    ]
-)
+SMALL = ("--shard-size", 4, "--num-frames", 16, "--segment", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +44,16 @@ def many(tmp_path_factory) -> Path:
     return folder
 
 
-def start(inputs, out, checkpoint, **options) -> multiprocessing.Process:
-    """A run in a process of its own."""
-    process = FORKING.Process(target=run_embed_alone, args=([str(inputs)], out, checkpoint), kwargs=options)
-    process.start()
-    return process
+def command(inputs, out, checkpoint, *options) -> list[str]:
+    options = ("--workers", 2, "--device", "cpu", *options)
+    return ["embed", *map(str, (inputs, "-o", out, "--checkpoint", checkpoint, *options))]
 
 
-def start_program(inputs, out, checkpoint, preexec_fn, **options) -> subprocess.Popen:
-    """The same by the command line, whose last words are tested."""
-    flags = {name: f"--{name.replace('_', '-')}" for name in options}
-    words = [flags[name] if value is True else f"{flags[name]}={value}" for name, value in options.items()]
-    command = [*PROGRAM, str(inputs), "-o", str(out), "--checkpoint", checkpoint, "--device", "cpu", *words]
+def start_fresh(command: list[str], preexec_fn: Callable) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, preexec_fn=preexec_fn, **pipes)
+    program = [sys.executable, "-m", "bat_audio_tools.cli", *command]
+    return subprocess.Popen(program, env=environment, preexec_fn=preexec_fn, **pipes)
 
 
 def hear_ctrl_c():
@@ -98,7 +81,9 @@ def is_running(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted(many, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    summary = run_embed([str(many)], out, checkpoint, **SMALL)
+    status, printed, errors = Program(*command(many, out, checkpoint, *SMALL)).end()
+    assert status == 1, errors
+    summary = json.loads(printed)
     assert summary["files"] == 60
     assert summary["failed"] == len(pd.read_parquet(out / "errors.parquet"))
     return out
@@ -108,13 +93,12 @@ def uninterrupted(many, checkpoint, tmp_path_factory):
 def test_resuming_after_kill_9(many, checkpoint, uninterrupted, tmp_path):
     out, shards = tmp_path / "out", {}
     for number in (0, 1, 4, 7):
-        process = start(many, out, checkpoint, **SMALL)
-        wait_for_shards(out, number, process.pid)
+        program = Program(*command(many, out, checkpoint, *SMALL))
+        wait_for_shards(out, number, program.pid)
         time.sleep(0.05 * random.random())
-        os.kill(process.pid, signal.SIGSTOP)  # a fast machine would finish before the kill
-        processes = descendants(process.pid)
-        process.kill()
-        process.join()
+        os.kill(program.pid, signal.SIGSTOP)  # a fast machine would finish before the kill
+        processes = descendants(program.pid)
+        program.kill()
         # A shard that was there stays as it was.
         assert all((out / "embeddings" / name).stat().st_ino == inode for name, inode in shards.items())
         shards = {path.name: path.stat().st_ino for path in out.glob("embeddings/*")}
@@ -123,7 +107,7 @@ def test_resuming_after_kill_9(many, checkpoint, uninterrupted, tmp_path):
             time.sleep(0.05)
         assert not any(map(is_running, processes))
     assert not (out / "errors.parquet").exists()
-    assert run_embed([str(many)], out, checkpoint, **SMALL)["failed"] > 0
+    assert Program(*command(many, out, checkpoint, *SMALL)).end()[0] == 1
     assert_same_table(out, uninterrupted)
     assert all((out / "embeddings" / name).stat().st_ino == inode for name, inode in shards.items())
     assert unfinished(out) == []
@@ -135,29 +119,28 @@ def test_resuming_after_20_kills_over_2000_files(checkpoint, tmp_path):
     make_many(tmp_path / "many", 2000, broken_every=100)
     if os.getuid():  # root may read everything
         (tmp_path / "many" / "000" / "00001.wav").chmod(0)
-    options = {"shard_size": 25, "num_frames": 16, "segment": 1.0, "workers": 2}
+    options = ("--shard-size", 25, "--num-frames", 16, "--segment", 1)
     begun = time.monotonic()
-    process = start(tmp_path / "many", tmp_path / "whole", checkpoint, **options)
-    wait_for_shards(tmp_path / "whole", 1, process.pid)
+    program = Program(*command(tmp_path / "many", tmp_path / "whole", checkpoint, *options))
+    wait_for_shards(tmp_path / "whole", 1, program.pid)
     loaded = time.monotonic() - begun
-    process.join()
-    assert process.exitcode == 0
+    program.end()
     rest = time.monotonic() - begun - loaded
     order, out = random.Random(0), tmp_path / "out"
     for _ in range(20):
         done = len(list(out.glob("embeddings/*")))
-        process = start(tmp_path / "many", out, checkpoint, **options)
+        program = Program(*command(tmp_path / "many", out, checkpoint, *options))
         # From before the folder is there to behind the next shard. None lasts longer than two shards take, however
         # fast the machine has become since it was timed, so that the 80 shards suffice for 20 kills.
         if order.random() < 0.5:
-            wait_for_shards(out, done + 1, process.pid, loaded * order.uniform(0.3, 1))
+            wait_for_shards(out, done + 1, program.pid, loaded * order.uniform(0.3, 1))
         else:
-            wait_for_shards(out, done + 1, process.pid)
-            wait_for_shards(out, done + 2, process.pid, rest / 80 * order.random())
-        assert process.is_alive()
-        process.kill()
-        process.join()
-    assert run_embed([str(tmp_path / "many")], out, checkpoint, **options)["files"] == 2000
+            wait_for_shards(out, done + 1, program.pid)
+            wait_for_shards(out, done + 2, program.pid, rest / 80 * order.random())
+        assert is_running(program.pid), program.end()
+        program.kill()
+    summary = json.loads(Program(*command(tmp_path / "many", out, checkpoint, *options)).end()[1])
+    assert summary["files"] == 2000
     reasons = [row["error"] for row in read_errors(out)]
     assert any("Permission denied" in reason for reason in reasons) == bool(os.getuid())
     assert_same_table(out, tmp_path / "whole")
@@ -168,7 +151,7 @@ def test_resuming_after_20_kills_over_2000_files(checkpoint, tmp_path):
 def test_resuming_after_ctrl_c(many, checkpoint, uninterrupted, tmp_path):
     for attempt in range(3):  # Python loses a Ctrl-C that comes inside a destructor, and goes on
         out = tmp_path / f"out_{attempt}"
-        process = start_program(many, out, checkpoint, hear_ctrl_c, **SMALL)
+        process = start_fresh(command(many, out, checkpoint, *SMALL), hear_ctrl_c)
         wait_for_shards(out, 1, process.pid)
         os.kill(process.pid, signal.SIGSTOP)  # a fast machine would finish before the Ctrl-C
         processes = descendants(process.pid)
@@ -184,7 +167,7 @@ def test_resuming_after_ctrl_c(many, checkpoint, uninterrupted, tmp_path):
     assert "Traceback" not in errors
     assert unfinished(out) == []
     assert not any(map(is_running, processes))
-    run_embed([str(many)], out, checkpoint, **SMALL)
+    Program(*command(many, out, checkpoint, *SMALL)).end()
     assert_same_table(out, uninterrupted)
 
 
@@ -193,8 +176,8 @@ def test_resuming_on_a_full_disk(many, checkpoint, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))  # bytes of a file; as if the disk was full then
 
-    options = {"shard_size": 20, "tokens": True, "segment": 0.5, "num_frames": 16, "workers": 2}
-    process = start_program(many, tmp_path / "out", checkpoint, limit, **options)
+    options = ("--shard-size", 20, "--tokens", "--segment", 0.5, "--num-frames", 16)
+    process = start_fresh(command(many, tmp_path / "out", checkpoint, *options), limit)
     _, errors = process.communicate()
     assert process.returncode == 1, errors
     reason = f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}"
@@ -202,7 +185,7 @@ def test_resuming_on_a_full_disk(many, checkpoint, tmp_path):
     assert errors.splitlines()[-1] == f"error: {tmp_path / 'out'}: {reason} {done}"
     assert unfinished(tmp_path / "out") == []
     for out in ("out", "whole"):
-        run_embed([str(many)], tmp_path / out, checkpoint, **options)
+        Program(*command(many, tmp_path / out, checkpoint, *options)).end()
     assert_same_table(tmp_path / "out", tmp_path / "whole")
 
 

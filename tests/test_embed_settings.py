@@ -4,8 +4,9 @@ import json
 import sys
 
 import pytest
-from conftest import run, run_commands
+from conftest import run
 from embed_tables import broken_files, read, read_errors
+from programs import Program
 
 from bat_audio_tools.embed import embed
 from bat_audio_tools.settings import EmbedSettings
@@ -20,6 +21,10 @@ def test_paths_and_lists(recordings, checkpoint, tmp_path):
         EmbedSettings(inputs="x", out="out", layers=[1, "x"])
 
 
+def embed_program(*words) -> tuple[int, str, str]:
+    return Program("embed", *words).end()
+
+
 @pytest.mark.slow
 def test_exit_status_and_summary(recordings, checkpoint, tmp_path):
     common = ["-o", str(tmp_path / "out"), "--checkpoint", checkpoint, "--workers", "1"]
@@ -32,24 +37,20 @@ def test_exit_status_and_summary(recordings, checkpoint, tmp_path):
     assert "audio-hours/s" in result.stderr
 
     broken_files(tmp_path / "broken")
-    broken, other, missing, *wrong = run_commands(
-        ["embed", tmp_path / "broken", "-o", tmp_path / "part", "--checkpoint", checkpoint, "--workers", "1"],
-        ["embed", recordings / "a", *common, "--pool", "mean"],
-        ["embed", "sounds/missing", *common],
-        ["embed", tmp_path / "none.wav", *common],
-        ["embed", recordings / "a", "-o", tmp_path / "out2", "--checkpoint", "nowhere"],
-        ["embed", recordings / "a", "-o", "/dev/null/out", "--checkpoint", checkpoint],
-        ["embed", recordings, *common, "--pool", "max"],
-        ["embed", recordings, *common, "--no-such-option"],
-        ["embed"],
-    )
-    status, printed, errors = broken
+    part = ("-o", tmp_path / "part", "--checkpoint", checkpoint, "--workers", 1)
+    status, printed, errors = embed_program(tmp_path / "broken", *part)
     assert status == 1, errors
     assert json.loads(printed)["failed"] == len(read_errors(tmp_path / "part"))
-    status, printed, errors = other
+
+    status, printed, errors = embed_program(recordings / "a", *common, "--pool", "mean")
     assert (status, printed) == (2, "")
     assert errors.splitlines()[-1].startswith(f"error: {tmp_path}/out: the table in it was begun in another way: ")
-    status, _, errors = missing
+    assert embed_program(tmp_path / "none.wav", *common)[0] == 2
+    status, _, errors = embed_program("sounds/missing", *common)
     assert status == 2
     assert "no such file or folder here, and no dataset of that name could be had from the Hub" in errors
-    assert [status for status, *_ in wrong] == [2] * 6
+    assert embed_program(recordings / "a", "-o", tmp_path / "out2", "--checkpoint", "nowhere")[0] == 2
+    assert embed_program(recordings / "a", "-o", "/dev/null/out", "--checkpoint", checkpoint)[0] == 2
+    assert embed_program(recordings, *common, "--pool", "max")[0] == 2
+    assert embed_program(recordings, *common, "--no-such-option")[0] == 2
+    assert embed_program()[0] == 2
