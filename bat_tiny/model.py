@@ -27,7 +27,7 @@ from bat_audio_tools.pretrain import LOGGED, pretrain
 from bat_audio_tools.settings import FinetuneSettings, PretrainSettings
 from bat_audio_tools.training.card import table
 from bat_audio_tools.training.examples import read_examples
-from bat_audio_tools.training.trainer import last_whole_checkpoint
+from bat_audio_tools.training.folder import last_whole_checkpoint
 from bat_tiny.demo import time_statistics, tokens_over_time
 from bat_tiny.sounds import SCENES, make_sounds
 

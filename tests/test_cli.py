@@ -1,15 +1,51 @@
-"""The program `bat-audio` as a whole: its help, whose examples are right, and its completion in the shell."""
+"""The program `bat-audio` as a whole: help and completion, which come at once, errors of usage, and what it prints."""
 
+import json
+import os
 import shlex
+import shutil
+import sys
 
 import pytest
 import typer.main
-from conftest import ROOT
+from conftest import ROOT, run, run_python
 from typer.testing import CliRunner
 
 from bat_audio_tools.cli import app
 
 COMMANDS = typer.main.get_command(app).commands
+BAT_TINY = str(ROOT / "examples" / "bat-tiny")
+MP3 = str(ROOT / "examples" / "tabla_loop_44k.mp3")
+# What takes seconds to import, and more memory than an answer is worth.
+HEAVY = ("torch", "transformers", "pyarrow", "matplotlib", "bat_audio", "torchao", "datasets", "pandas", "sklearn")
+# Calls that only print, or are refused for what can be told without these, with their exit status.
+ANSWERED_AT_ONCE = [
+    ([], 2),
+    (["--help"], 0),
+    (["--version"], 0),
+    (["embed"], 2),
+    (["embed", "sounds", "--no-such-option", "-o", "out"], 2),
+    (["embed", "nowhere.wav", "-o", "out"], 2),
+    (["embed", "sounds/nowhere.wav", "-o", "out"], 2),
+    (["embed", MP3, "-o", "out", "--pool", "max"], 2),
+    (["embed", MP3, "-o", "out", "--checkpoint", "./nowhere"], 2),
+    (["pretrain", "-o", "out"], 2),
+    (["pretrain", "--data", "nowhere", "-o", "out"], 2),
+    (["pretrain", "nowhere", "-o", "out"], 2),
+    (["finetune", "nowhere", "-o", "out"], 2),
+    (["finetune", MP3, "-o", BAT_TINY], 2),
+    (["finetune", MP3, "-o", "out", "--preset", "paper"], 2),
+    (["show", "nowhere.wav", "-o", "a.png"], 2),
+    (["show", MP3, "-o", "a.gif"], 2),
+    (["show", MP3, "-o", "a.png", "--heads", "one"], 2),
+    (["similar", "nowhere.wav", "."], 2),
+    (["similar", MP3, "nowhere"], 2),
+    (["convert", "nowhere.pt", "-o", "out"], 2),
+    (["export", BAT_TINY, "-o", "out.onnx", "--format", "tflite"], 2),
+    (["export", "./nowhere", "-o", "out.onnx", "--format", "onnx"], 2),
+    (["publish", "nowhere", "me/model"], 2),
+    *(([name, "--help"], 0) for name in COMMANDS),
+]
 
 
 def complete(*words: str) -> list[str]:
@@ -42,9 +78,9 @@ def test_completion():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["similar", "a.wav", "table"], "interrupted"),
+        (["similar", MP3, BAT_TINY], "interrupted"),
         (
-            ["finetune", "sounds", "-o", "model"],
+            ["finetune", BAT_TINY, "-o", "model"],
             "interrupted; the same command goes on from the last checkpoint, if there is one",
         ),
     ],
@@ -55,7 +91,9 @@ def test_ctrl_c_is_one_line(arguments, message, monkeypatch):
 
     monkeypatch.setattr(f"bat_audio_tools.{arguments[0]}.{arguments[0]}", interrupt)
     result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.output.splitlines()) == (130, [message])
+    doing, *said = result.output.splitlines()
+    assert doing.endswith("...")
+    assert (result.exit_code, said) == (130, [message])
 
 
 def test_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
@@ -64,3 +102,91 @@ def test_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
     result = CliRunner().invoke(app, ["show", sound, "-o", str(tmp_path / "a.png"), *options])
     assert result.exit_code == 2
     assert "No weights at" in result.output
+
+
+@pytest.mark.slow
+def test_help_and_refusals_import_nothing_that_takes_long(tmp_path):
+    """In one fresh process: what one of the calls imports, the later ones would show too."""
+    code = f"""
+import contextlib, io, json, sys
+from bat_audio_tools import main
+for arguments, status in json.loads(sys.argv[1]):
+    sys.argv = ["bat-audio", *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            main()
+        except SystemExit as end:
+            found = end.code
+    assert found == status, (arguments, found, printed.getvalue())
+    assert "Traceback" not in printed.getvalue()
+    heavy = [name for name in {HEAVY!r} if sys.modules.get(name)]
+    assert not heavy, (arguments, heavy)
+    print(" ".join(arguments), printed.getvalue().strip().splitlines()[-1])
+"""
+    printed = run_python(code, json.dumps(ANSWERED_AT_ONCE), cwd=tmp_path).stdout
+    assert len(printed.splitlines()) == len(ANSWERED_AT_ONCE)
+    assert "nowhere.wav: no such file or folder, and nothing that matches." in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_completion_imports_nothing_that_takes_long(tmp_path):
+    code = f"""
+import sys
+from bat_audio_tools import main
+try:
+    main()
+finally:
+    print([name for name in {HEAVY!r} if sys.modules.get(name)], file=sys.stderr)
+"""
+    for words, number in (("bat-audio ", 1), ("bat-audio embed --po", 2)):
+        environment = {"_BAT_AUDIO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+        completed = run_python(code, cwd=tmp_path, **environment)
+        assert completed.stderr.strip() == "[]"
+        assert completed.stdout.split() == (["--pool"] if number == 2 else list(COMMANDS))
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.split()[0] == "bat-audio"
+    assert result.output.split()[1][0].isdigit()
+
+
+@pytest.mark.slow
+def test_commands_say_at_once_what_they_do_and_print_nothing_else(tmp_path):
+    """No warnings of other libraries on stderr, not even for MP3, and JSON at the end of stdout."""
+    code = f"""
+import sys
+import typer
+from bat_audio_tools import main
+echo = typer.echo
+def note(message, err=False, **options):
+    if err and message.endswith("..."):
+        message += f" with {{[name for name in {HEAVY!r} if sys.modules.get(name)]}}"
+    echo(message, err=err, **options)
+typer.echo = note
+try:
+    main()
+finally:
+    assert not sys.modules.get("torchao")
+"""
+    (tmp_path / "sounds").mkdir()
+    shutil.copy(MP3, tmp_path / "sounds")
+    embed = ["embed", "sounds", "-o", "table", "--checkpoint", BAT_TINY]
+    for arguments, result in (
+        (embed, {"table": "table", "files": 1}),
+        (["show", MP3, "-o", "a.png", "--checkpoint", BAT_TINY], {"picture": "a.png"}),
+    ):
+        done = run_python(code, *arguments, cwd=tmp_path)
+        first, *others = done.stderr.strip().splitlines()
+        assert first.endswith("... with []")
+        assert [line for line in others if line and "file/s" not in line] == [], done.stderr  # the bar counts files
+        assert json.loads(done.stdout.splitlines()[-1]).items() >= result.items()
+
+
+@pytest.mark.slow
+def test_the_installed_program(tmp_path):
+    program = os.path.join(os.path.dirname(sys.executable), "bat-audio")
+    assert run([program, "--version"], cwd=tmp_path).stdout.startswith("bat-audio ")

@@ -514,11 +514,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, refuses):
 def test_target_that_is_there_is_not_touched(tmp_path, refuses):
     model = tiny_model()
     source = write(tmp_path / "a.pt", authors_weights(model))
-    refuses(source, "not an empty folder; name another, or remove it", FileExistsError, out=source)
+    refuses(source, "exists already; name another (--out), or remove it", FileExistsError, out=source)
     refuses(source, "there is no folder", FileNotFoundError, out=tmp_path / "no" / "out")
     (tmp_path / "out").mkdir()
     convert(source, tmp_path / "out", config=tiny_config())  # an empty folder is no loss
-    refuses(source, "not an empty folder", FileExistsError)
+    refuses(source, "exists already", FileExistsError)
     assert_same_model(tmp_path / "out", model)
 
 

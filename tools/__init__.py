@@ -26,7 +26,8 @@ very bottom; those import no room. `tests/test_rooms.py` keeps the rule.
     embedding.table             the files of a table, each written whole
     sounds.manifests            the rows of CSV and Parquet files and of datasets that name sounds
     sounds.reading              one recording, whatever its format, to samples
-    training.trainer            Trainer's arguments and order, the training folder, resuming
+    training.trainer            Trainer's arguments, order and parameter groups; configs of new encoders
+    training.folder             the folder of a training: whose run is in it, and where it goes on
     training.card               model cards and their plots
     training.masked_regression  the model of the pre-training: student, teacher and losses
     settings                    the settings of the commands, which are their options
@@ -44,4 +45,7 @@ def main():
         from bat_audio_tools.cli import app
     except ModuleNotFoundError as error:
         sys.exit(f"error: bat-audio needs more packages ({error}): pip install 'bat-audio[train]'")
+    # Transformers imports torchao wherever it is installed, for a second and with two warnings that nobody can mend. No
+    # command uses it, so it counts as not installed in this process.
+    sys.modules.setdefault("torchao", None)
     app(prog_name="bat-audio")

@@ -1,6 +1,11 @@
-"""The command line `bat-audio`: embed and look at recordings; fine-tune, convert, export and publish BAT models."""
+"""The command line `bat-audio`: embed and look at recordings; fine-tune, convert, export and publish BAT models.
+
+Help, completion and errors of usage come at once: torch, Transformers and what needs them are imported after
+`begin_work`, when a command has checked all that it can without them.
+"""
 
 import functools
+import importlib.metadata
 import inspect
 import json
 import os
@@ -11,10 +16,11 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings, StartError
+from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings, StartError, check_export
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-WRONG_INPUTS = (ValueError, FileNotFoundError, FileExistsError)
+WRONG_FILES = (FileNotFoundError, FileExistsError)
+WRONG_INPUTS = (ValueError, *WRONG_FILES)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Folder, .safetensors or Hub name; default: the published weights.")
@@ -25,9 +31,26 @@ Start = Annotated[float, typer.Option(help="Where the part of the recording begi
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
 
 
-def command(
-    function: Callable, usage_errors: tuple[type[Exception], ...] = (), goes_on_from: str | None = None
-) -> Callable:
+def print_version(is_asked: bool):
+    if is_asked:
+        typer.echo(f"bat-audio {importlib.metadata.version('bat-audio')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+):
+    """Embed recordings, look at them and search them; fine-tune, convert, export and publish BAT models.
+
+    Commands say on stderr what they do, and end with their result on stdout. The exit status is 0, 1 where something
+    failed, 2 for wrong options and inputs, and 130 after Ctrl-C.
+    """
+
+
+def command(function: Callable, usage_errors: tuple[type[Exception], ...], goes_on_from: str | None = None) -> Callable:
     """Make a subcommand whose foreseen errors are one line and exit status 1, or 2 for those of wrong usage.
 
     After Ctrl-C it is 130, and a command that can be resumed says where it `goes_on_from`.
@@ -41,7 +64,7 @@ def command(
             if debug:
                 raise
             message = str(error)
-            if "in DataLoader worker process" in message:  # a traceback, and its last line what is the matter
+            if "in DataLoader worker process" in message:  # Its last line, behind a traceback, says what is the matter.
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(2 if isinstance(error, usage_errors) else 1) from error
@@ -56,17 +79,39 @@ def command(
     return app.command()(run)
 
 
-def _options_of(settings_class: type, **types) -> list[inspect.Parameter]:
-    """A command's parameters from the fields of a dataclass and their help; the first field is the argument,
-    unless it is `data`.
+def begin_work(doing: str):
+    """Say what takes a while from here on, and import Transformers, which is the first part of it."""
+    if is_first_process():
+        typer.echo(f"{doing} ...", err=True)
+    from transformers.utils.logging import disable_progress_bar
 
-    `types` are those that a command line gives, of fields that take more than that in Python.
+    disable_progress_bar()  # Its bars, of loading weights, would stand in logs and cut through a command's own bar.
+
+
+def print_result(**facts):
+    """The last line on stdout, which is JSON for programs."""
+    if is_first_process():
+        typer.echo(json.dumps(facts, default=str))
+
+
+def is_first_process() -> bool:
+    """Whether this is the one that speaks, of the processes that accelerate or torchrun have started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def options_of(settings_class: type, **types) -> list[inspect.Parameter]:
+    """A command's parameters from the fields of a dataclass and their help.
+
+    The required fields come first: the first one is the argument, and `out` is -o.
+
+    Args:
+        types: those that a command line gives, of fields that take more than that in Python.
     """
     hints = {**get_type_hints(settings_class), **types}
     parameters = []
-    for item in fields(settings_class):
-        names = {"data": ["--data"], "out": ["--out", "-o"]}.get(item.name, [])
-        declare = typer.Option if parameters or names else typer.Argument
+    for item in sorted(fields(settings_class), key=lambda item: item.default is not MISSING):
+        declare = typer.Option if parameters else typer.Argument
+        names = ["--out", "-o"] if item.name == "out" else []
         annotation = Annotated[hints[item.name], declare(*names, help=item.metadata["help"])]
         default = inspect.Parameter.empty if item.default is MISSING else item.default
         parameters.append(
@@ -75,7 +120,7 @@ def _options_of(settings_class: type, **types) -> list[inspect.Parameter]:
     return parameters
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers_in(text: str, option: str) -> list[int]:
     """The numbers in "1,5", or a usage error that names the option."""
     try:
         return [int(part) for part in text.split(",")]
@@ -103,12 +148,19 @@ def show(
     bat-audio show clip.wav -o picture.png
     bat-audio show clip.wav -o picture.pdf --block 6 --heads 1,5 --start 30 --duration 10
     """
+    from bat_audio_tools.folders import check_picture
+    from bat_audio_tools.names import check_checkpoint, check_file
+
+    numbers = None if heads is None else numbers_in(heads, "--heads")
+    check_picture(out)
+    check_file(source)
+    check_checkpoint(checkpoint)
+    begin_work("loading the encoder")
     from bat_audio_tools.show import show
 
-    numbers = None if heads is None else _numbers(heads, "--heads")
     options = {"checkpoint": checkpoint, "untrained": untrained, "device": device, "start": start, "duration": duration}
     show(source, out, block=block, heads=numbers, **options)
-    typer.echo(f"wrote {out}")
+    print_result(picture=out)
 
 
 @functools.partial(command, usage_errors=WRONG_INPUTS)
@@ -128,6 +180,12 @@ def similar(
     bat-audio similar clip.wav embeddings/ -k 5
     bat-audio similar clip.wav embeddings/ --start 30 --duration 10.24 --json
     """
+    from bat_audio_tools.names import check_checkpoint, check_file, check_folder
+
+    check_file(query)
+    check_folder(table)
+    check_checkpoint(checkpoint)
+    begin_work("loading the encoder")
     from bat_audio_tools.similar import similar
 
     rows = similar(query, table, k, checkpoint=checkpoint, device=device, start=start, duration=duration)
@@ -147,35 +205,62 @@ def finetune(**options):
     bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20
     accelerate launch -m bat_audio_tools.cli finetune sounds/ -o my-model
     """
+    from bat_audio_tools.names import check_checkpoint
+    from bat_audio_tools.sounds.manifests import check_source
+    from bat_audio_tools.training.folder import training_folder
+
+    settings = FinetuneSettings(**options)
+    for source in filter(None, (settings.train, settings.validation)):
+        check_source(source)
+    check_checkpoint(settings.checkpoint)
+    training_folder(Path(settings.out))
+    begin_work("reading the sounds and loading the encoder")
     from bat_audio_tools.finetune import finetune
 
-    metrics = finetune(FinetuneSettings(**options))
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        typer.echo(json.dumps({"model": options["out"], **metrics}))
+    print_result(model=settings.out, **finetune(settings))
 
 
-finetune.__signature__ = inspect.Signature(_options_of(FinetuneSettings, train=str, validation=str | None))
+finetune.__signature__ = inspect.Signature(options_of(FinetuneSettings, train=str, validation=str | None))
 command(finetune, usage_errors=WRONG_INPUTS, goes_on_from="the last checkpoint, if there is one")
 
 
-def pretrain(**options):
+def pretrain(named_data: list[str] | None, **options):
     """Pre-train BAT on sounds without labels, from random weights or from a checkpoint; writes an encoder with a card.
 
     \b
-    bat-audio pretrain --data sounds/ --out my-encoder --config config.json --steps 20000
-    bat-audio pretrain --data birds/ --out bird-encoder --init my-encoder --steps 5000 --learning-rate 1e-4
-    accelerate launch -m bat_audio_tools.cli pretrain --data list.csv --out my-encoder
+    bat-audio pretrain sounds/ -o my-encoder --config config.json --steps 20000
+    bat-audio pretrain birds/ -o bird-encoder --init my-encoder --steps 5000 --learning-rate 1e-4
+    accelerate launch -m bat_audio_tools.cli pretrain list.csv -o my-encoder
 
     The defaults are the authors' settings. A run that was stopped goes on when the command is repeated.
     """
+    from bat_audio_tools.names import check_checkpoint
+    from bat_audio_tools.sounds.manifests import check_source
+    from bat_audio_tools.training.folder import training_folder
+
+    options["data"] = [*(options["data"] or ()), *(named_data or ())]
+    if not options["data"]:
+        raise typer.BadParameter("name the sounds to train on: files, folders, globs, lists or a dataset.")
+    settings = PretrainSettings(**options)
+    for source in settings.data:
+        check_source(source)
+    check_checkpoint(settings.init)
+    training_folder(Path(settings.out))
+    begin_work("reading the sounds and loading the encoder")
     from bat_audio_tools.pretrain import pretrain
 
-    metrics = pretrain(PretrainSettings(**options))
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        typer.echo(json.dumps({"model": options["out"], **metrics}))
+    print_result(model=settings.out, **pretrain(settings))
 
 
-pretrain.__signature__ = inspect.Signature(_options_of(PretrainSettings, data=list[str]))
+data, *others = options_of(PretrainSettings, data=list[str] | None)
+named_data = Annotated[list[str] | None, typer.Option("--data", help="The same as the argument DATA; may be repeated.")]
+pretrain.__signature__ = inspect.Signature(
+    [
+        data.replace(default=None),
+        *others,
+        inspect.Parameter("named_data", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=named_data),
+    ]
+)
 command(pretrain, usage_errors=WRONG_INPUTS, goes_on_from="the last checkpoint, if there is one")
 
 
@@ -191,28 +276,33 @@ def embed(**options):
     status is 0, 1 where recordings were broken or the run was stopped, 2 for options, inputs or a folder that are
     wrong, and 130 after Ctrl-C.
     """
-    from transformers.utils.logging import disable_progress_bar
+    from bat_audio_tools.names import check_checkpoint
+    from bat_audio_tools.sounds.manifests import check_source
 
+    settings = EmbedSettings(**options)
+    for source in settings.inputs:
+        check_source(source)
+    check_checkpoint(settings.checkpoint)
+    begin_work("listing the recordings and loading the encoder")
     from bat_audio_tools.embed import embed
 
-    disable_progress_bar()  # of loading the weights, which would cut through the bar of the run
-    summary = embed(EmbedSettings(**options))
+    summary = embed(settings)
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in summary.items()}
-    typer.echo(json.dumps({"table": options["out"], **rounded}))
+    print_result(table=settings.out, **rounded)
     if summary["failed"]:
-        errors = f"{options['out'].rstrip('/')}/errors.parquet"
+        errors = f"{settings.out.rstrip('/')}/errors.parquet"
         typer.echo(f"broken recordings: {summary['failed']}, listed in {errors}", err=True)
         raise typer.Exit(1)
 
 
-embed.__signature__ = inspect.Signature(_options_of(EmbedSettings, inputs=list[str]))
+embed.__signature__ = inspect.Signature(options_of(EmbedSettings, inputs=list[str]))
 command(embed, usage_errors=(*WRONG_INPUTS, StartError), goes_on_from="there")
 
 
-@command
+@functools.partial(command, usage_errors=WRONG_FILES)
 def convert(
     source: Annotated[Path, typer.Argument(help="The authors' checkpoint: a pickle of torch.save or .safetensors.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist or be empty.")],
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
     config: Annotated[Path | None, typer.Option(help="config.json, for what the weights' shapes cannot tell.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
@@ -222,18 +312,25 @@ def convert(
     """Convert a checkpoint or trained probe of the authors' code into a model folder.
 
     \b
-    bat-audio convert BAT_base.pt bat-base
+    bat-audio convert BAT_base.pt -o bat-base
     """
+    from bat_audio_tools.folders import check_new
+    from bat_audio_tools.names import check_file
+
+    check_new(out)
+    for file in filter(None, (source, config, labels)):
+        check_file(file)
+    begin_work(f"reading {source}")
     from bat_audio_tools.convert import convert
 
-    folder = convert(source, out, ema=ema, config=config, labels=labels, head_pooling=head_pooling, frames=frames)
-    typer.echo(f"wrote {folder}")
+    options = {"ema": ema, "config": config, "labels": labels, "head_pooling": head_pooling, "frames": frames}
+    print_result(model=convert(source, out, **options))
 
 
-@command
+@functools.partial(command, usage_errors=WRONG_FILES)
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Model folder, or Hub repository namespace/name.")],
-    out: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; must not exist.")],
     format: Annotated[str, typer.Option(help="onnx or pt2, a program of torch.export.")],
     from_waveform: Annotated[bool, typer.Option("--from-waveform", help="Take 16 kHz samples, not features.")] = False,
     num_frames: Annotated[
@@ -244,18 +341,29 @@ def export(
     """Export a model as one file, checked against PyTorch on fresh inputs.
 
     \b
-    bat-audio export my-model my-model.onnx --format onnx --from-waveform
-    bat-audio export my-model my-model.onnx --format onnx --from-waveform --num-frames 1024
+    bat-audio export my-model -o my-model.onnx --format onnx --from-waveform
+    bat-audio export my-model -o my-model.onnx --format onnx --from-waveform --num-frames 1024
     """
+    from bat_audio_tools.folders import check_new
+    from bat_audio_tools.names import check_checkpoint
+
+    try:
+        check_export(format, from_waveform, num_frames, int8)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    check_checkpoint(checkpoint)
+    check_new(out)
+    begin_work("loading and exporting the model")
     from bat_audio_tools.export import export
 
-    options = {"from_waveform": from_waveform, "num_frames": num_frames, "int8": int8}
-    for name, value in export(checkpoint, out, format=format, **options).items():
-        typer.echo(f"{name}: {value:.4f}" if "cosine" in name else f"{name}: max difference {value:.1e}")
-    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    results = export(checkpoint, out, format=format, from_waveform=from_waveform, num_frames=num_frames, int8=int8)
+    for name, value in results.items():
+        text = f"{value:.4f}" if "cosine" in name else f"max difference {value:.1e}"
+        typer.echo(f"{name}: {text}", err=True)
+    print_result(file=out, megabytes=round(out.stat().st_size / 1e6, 1), **results)
 
 
-@command
+@functools.partial(command, usage_errors=WRONG_FILES)
 def publish(
     folder: Annotated[Path, typer.Argument(help="Model folder of finetune, convert or save_pretrained.")],
     repository: Annotated[str, typer.Argument(help="Hub repository, namespace/name.")],
@@ -268,11 +376,18 @@ def publish(
     \b
     bat-audio publish my-model me/my-model --private
     """
+    from bat_audio_tools.names import check_folder
+
+    check_folder(folder)
+    begin_work("assembling the repository and checking that it loads")
     from bat_audio_tools.publish import publish
 
     url = publish(folder, repository, private=private, revision=revision, dry_run=dry_run)
-    typer.echo("nothing was uploaded (dry run)" if dry_run else f"published {url}")
+    typer.echo("nothing was uploaded (dry run)" if dry_run else f"published {url}", err=True)
+    print_result(repository=repository, commit=url)
 
 
 if __name__ == "__main__":
-    app(prog_name="bat-audio")
+    from bat_audio_tools import main
+
+    main()

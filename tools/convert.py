@@ -74,8 +74,7 @@ def convert(
             an argument; the message names them.
     """
     source, out = Path(source), Path(out)
-    if not (out.is_dir() and not any(out.iterdir())):
-        check_new(out)
+    check_new(out)
     config = copy.deepcopy(config) if not isinstance(config, str | Path) else _read_config(Path(config))
     labels = labels if not isinstance(labels, str | Path) else _read_labels(Path(labels))
     contents = _read_checkpoint(source)

@@ -26,8 +26,8 @@ from bat_audio.modeling_bat import BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import PATCH_FRAMES, POWER_FLOOR, BatAudioProcessor, BatFeatureExtractor
 from bat_audio_tools.folders import check_new, whole
 from bat_audio_tools.publish import load_folder
+from bat_audio_tools.settings import check_export
 
-FORMATS = ("onnx", "pt2")
 OPSET = 18  # of ONNX; read by onnxruntime 1.14 and newer
 TOLERANCE, SMALL = 1e-3, 1e-2  # largest difference from PyTorch, as a share of the output's largest value, or of SMALL
 MIN_MEAN_COSINE, MIN_COSINE = 0.995, 0.98  # of int8 tokens with float32 ones, over all tokens and for each
@@ -193,16 +193,10 @@ def export(
         ImportError: the packages that write and run ONNX are missing.
     """
     out = Path(out)
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known; expected {' or '.join(map(repr, FORMATS))}.")
-    if int8 and format != "onnx":
-        raise ValueError(f"int8 is made with onnxruntime; leave it out for format={format!r}, or choose 'onnx'.")
-    if num_frames is not None and not from_waveform:
-        raise ValueError(
-            f"num_frames={num_frames} is for from_waveform, where the graph makes the features; without it they come "
-            "from the caller, who cuts or pads them."
-        )
+    check_export(format, from_waveform, num_frames, int8)
     check_new(out)
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a folder; name the file to write (--out).")
     if format == "onnx":
         _check_libraries()
     model = load_folder(_find_folder(checkpoint)).float().eval()

@@ -37,14 +37,12 @@ from bat_audio_tools.settings import FinetuneSettings
 from bat_audio_tools.training.card import write_card
 from bat_audio_tools.training.clips import Augmentation, ClipDataset
 from bat_audio_tools.training.examples import Example, check_clips, label_names, read_examples, split_examples
+from bat_audio_tools.training.folder import claim, last_whole_checkpoint, training_folder
 from bat_audio_tools.training.trainer import (
     BatTrainer,
-    claim,
-    last_whole_checkpoint,
     parameter_groups,
     read_config,
     training_arguments,
-    training_folder,
 )
 
 LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too

@@ -10,7 +10,8 @@ from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock
 from huggingface_hub.utils.sha import sha_fileobj
 
-LOCK_WAIT = 10  # s; the workers of a killed run hold its lock until they notice, after 5 s
+PICTURES = (".png", ".pdf", ".svg")
+LOCK_WAIT = 10  # s; the workers of a killed run hold its lock until they notice, after 5 s.
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def whole(out: Path) -> Iterator[Path]:
 
 
 def check_new(out: Path):
-    """Raise an error that says what is in the way of a new file or folder `out`.
+    """Raise an error that says what is in the way of a new file or folder `out`; an empty folder is not.
 
     Raises:
         FileNotFoundError: its own folder is not there.
@@ -49,8 +50,21 @@ def check_new(out: Path):
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; name another (--out), or remove it first.")
+
+
+def check_picture(out: Path):
+    """Raise an error that says why no picture can be written to `out`.
+
+    Raises:
+        ValueError: the suffix is not that of a picture.
+        FileNotFoundError: its folder is not there.
+    """
+    if out.suffix.lower() not in PICTURES:
+        raise ValueError(f"{out}: the picture's format is told by its suffix; expected one of {', '.join(PICTURES)}.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
 
 
 def file_digest(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Names that users give: of files and addresses, of Hub repositories, and as a model card may tell them."""
+"""What users call things: files and addresses, Hub repositories, and how a model card may tell them."""
 
 import os
 import re
@@ -12,6 +12,27 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 def is_address(path: str) -> bool:
     """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
     return ("://" in path or "::" in path) and not os.path.lexists(path)
+
+
+def check_file(path: str | Path):
+    """Raise a FileNotFoundError if a path is neither an address nor that of a file; a device or pipe is one."""
+    if not is_address(str(path)) and (not os.path.exists(path) or os.path.isdir(path)):
+        raise FileNotFoundError(f"{path}: {'a folder; name a file in it' if os.path.isdir(path) else 'no such file'}.")
+
+
+def check_folder(path: str | Path):
+    """Raise a FileNotFoundError if a path is neither an address nor that of a folder."""
+    if not is_address(str(path)) and not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: no such folder.")
+
+
+def check_checkpoint(checkpoint: str | None):
+    """Raise a FileNotFoundError if nothing is there, and the name cannot be one of the Hub; None is always right."""
+    if checkpoint is not None and not os.path.exists(checkpoint) and not hub_id(checkpoint):
+        raise FileNotFoundError(
+            f"No weights at {checkpoint}: no such file or folder. Expected a folder with config.json and "
+            'model.safetensors, a .safetensors file, or a Hub repository "namespace/name".'
+        )
 
 
 def hub_id(value: Any) -> str | None:

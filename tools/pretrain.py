@@ -24,16 +24,14 @@ from bat_audio_tools.folders import lock, whole
 from bat_audio_tools.machine import require
 from bat_audio_tools.settings import PretrainSettings
 from bat_audio_tools.training.card import write_encoder_card
+from bat_audio_tools.training.folder import claim, last_whole_checkpoint, training_folder
 from bat_audio_tools.training.masked_clips import MaskedClips, Recordings
 from bat_audio_tools.training.masked_regression import MaskedRegression, block_masks
 from bat_audio_tools.training.trainer import (
     BatTrainer,
-    claim,
-    last_whole_checkpoint,
     parameter_groups,
     read_config,
     training_arguments,
-    training_folder,
 )
 
 LONGEST_CLIP = 10.0  # s, of the authors' clips, which the published input of 10.24 s is zero-padded beyond

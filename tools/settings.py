@@ -39,10 +39,17 @@ PRESETS = {
 POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
 SEGMENT = 10.24  # s, the published encoder's input
+EXPORT_FORMATS = ("onnx", "pt2")
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _by_preset(name: str, help: str) -> Any:
+    """An option of `finetune` whose default the preset decides, which its help tells."""
+    defaults = " or ".join(f"{values[name]} ({preset})" for preset, values in PRESETS.items())
+    return _option(None, f"{help} Default: {defaults}.")
 
 
 def _free(default: Any, help: str) -> Any:
@@ -74,38 +81,46 @@ class FinetuneSettings:
     config: str | None = _option(None, "config.json of the encoder for --untrained; default: the published size.")
 
     preset: str = _option("finetune", f"The authors' settings: {' or '.join(PRESETS)}.")
-    head: str | None = _option(None, "linear, linear_cgp, cgp or protobin.")
+    head: str | None = _by_preset("head", "linear, linear_cgp, cgp or protobin.")
     head_pooling: str = _option("cls", "What stands for a clip, cls or mean.")
     num_prototypes: int = _option(10000, "Prototypes of cgp and protobin.")
     frames: bool = _option(False, "Classify every 160 ms instead of the clip; the data needs onsets and offsets.")
     multi_label: bool | None = _option(None, "Several labels per clip; default: as the data is.")
     multi_label_loss: str = _option("asymmetric", "bce or asymmetric.")
 
-    freeze_encoder: bool | None = _option(None, "Probe: train the head alone on the encoder in eval mode.")
+    freeze_encoder: bool | None = _by_preset(
+        "freeze_encoder", "Probe: train the head alone on the encoder in eval mode."
+    )
     lora: int | None = _option(
         None,
         "Train low-rank adapters of this rank in the encoder, merged at the end; they want a higher --learning-rate.",
     )
-    steps: int | None = _option(None, "Optimiser steps; the authors' probes: 4,000 on ESC-50, 20,000 on AudioSet-20k.")
+    steps: int | None = _by_preset(
+        "steps", "Optimiser steps; the authors' probes: 4,000 on ESC-50, 20,000 on AudioSet-20k."
+    )
     epochs: float | None = _option(None, "Passes through the data, instead of --steps.")
     warmup: float = _option(0.1, "Share of the steps with a rising learning rate; then it falls as a cosine.")
     batch_size: int = _option(48, "Clips of one optimiser step, over all processes.")
     gradient_accumulation: int = _option(1, "Parts in which a process handles its share of a batch.")
-    learning_rate: float | None = _option(None, "Peak learning rate of the head.")
-    layer_decay: float | None = _option(None, "Factor on the learning rate from each block to the one below.")
+    learning_rate: float | None = _by_preset("learning_rate", "Peak learning rate of the head.")
+    layer_decay: float | None = _by_preset(
+        "layer_decay", "Factor on the learning rate from each block to the one below."
+    )
     weight_decay: float = _option(
         0.05, "Not applied to biases, norms, block weights and prototypes; the authors' probe on ESC-50: 0.2."
     )
-    beta2: float | None = _option(None, "Second beta of AdamW.")
-    drop_path: float | None = _option(None, "Stochastic depth of the last block, 0..1.")
+    beta2: float | None = _by_preset("beta2", "Second beta of AdamW.")
+    drop_path: float | None = _by_preset("drop_path", "Stochastic depth of the last block, 0..1.")
 
-    mixup: float | None = _option(None, "Probability of mixing a clip with another.")
-    freq_masks: int | None = _option(None, "Masks of up to 16 mel bands.")
-    time_masks: int | None = _option(None, "Masks of up to 64 frames of 10 ms.")
-    roll: bool | None = _option(None, "Rotate clips in time.")
+    mixup: float | None = _by_preset("mixup", "Probability of mixing a clip with another.")
+    freq_masks: int | None = _by_preset("freq_masks", "Masks of up to 16 mel bands.")
+    time_masks: int | None = _by_preset("time_masks", "Masks of up to 64 frames of 10 ms.")
+    roll: bool | None = _by_preset("roll", "Rotate clips in time.")
     gain_db: float = _option(0.0, "Random gain of up to so many dB, before mixing.")
 
-    num_frames: int | None = _option(None, "Frames of 10 ms that clips are cut or padded to, a multiple of 16.")
+    num_frames: int | None = _option(
+        None, "Frames of 10 ms that clips are cut or padded to, a multiple of 16; default: the encoder's input, 1024."
+    )
     bf16: bool | None = _option(None, "bfloat16 autocast; default: on GPUs that have it.")
     gradient_checkpointing: bool | None = _option(
         None,
@@ -164,9 +179,7 @@ class PretrainSettings:
     """
 
     data: Any = field(
-        metadata={
-            "help": "A file, folder, glob in quotes, .txt, .csv or .parquet list, or dataset; --data again for more."
-        }
+        metadata={"help": "Files, folders, globs in quotes, lists of files (.txt, .csv or .parquet), or a dataset."}
     )
     out: str = field(metadata={"help": "Folder to write the encoder to; must not exist."})
     split: str | None = _option(None, "Split of a dataset.")
@@ -343,3 +356,16 @@ class EmbedSettings(RowSettings):
         """The settings on which the rows depend."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if "is_free" not in item.metadata}
         return {**settings, **dict(zip(("segment", "hop"), self.window or (None, None), strict=True))}
+
+
+def check_export(format: str, from_waveform: bool, num_frames: int | None, int8: bool):
+    """Raise a ValueError for options of `export` that are not known or exclude each other."""
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"format={format!r} is not known; expected {' or '.join(map(repr, EXPORT_FORMATS))}.")
+    if int8 and format != "onnx":
+        raise ValueError(f"int8 is made with onnxruntime; leave it out for format={format!r}, or choose 'onnx'.")
+    if num_frames is not None and not from_waveform:
+        raise ValueError(
+            f"num_frames={num_frames} is for from_waveform, where the graph makes the features; without it they come "
+            "from the caller, who cuts or pads them."
+        )

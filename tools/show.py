@@ -18,11 +18,10 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
-from bat_audio_tools.folders import whole
+from bat_audio_tools.folders import check_picture, whole
 from bat_audio_tools.machine import pick_device, require
 from bat_audio_tools.sounds.reading import load_any
 
-FORMATS = (".png", ".pdf", ".svg")
 DPI = 120  # also of what PDF and SVG hold as pixels
 OUTLINE_POINTS = 4000  # of a waveform, more than there are pixels in a row
 FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000, 16000)  # Hz
@@ -213,10 +212,7 @@ def show(
         ImportError: matplotlib, soundfile or soxr is missing.
     """
     out = Path(out)
-    if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{out}: the picture's format is told by its suffix; expected one of {', '.join(FORMATS)}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
+    check_picture(out)
     require("matplotlib.figure")  # before the work
     model = load_pretrained_encoder(pick_device(device), checkpoint=checkpoint, untrained=untrained)
     config = model.config

@@ -24,21 +24,20 @@ from transformers.utils import logging
 
 from bat_audio_tools.names import is_address
 from bat_audio_tools.sounds.manifests import (
-    MANIFEST_SUFFIXES,
+    LIST_SUFFIXES,
     EmbeddedAudio,
+    all_sound_suffixes,
     check_columns,
     choose_split,
     dataset_sounds,
+    known_suffixes,
     load_named_dataset,
     manifest_columns,
     manifest_rows,
     read_seconds,
-    sound_suffixes,
 )
 from bat_audio_tools.sounds.reading import Input
 
-LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
-FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
 BYTES_PER_SECOND = 100_000  # to guess what a part of a recording takes, about FLAC of CD quality
 UNIT_BYTES = 1 << 20  # times the files of a unit: a unit of long recordings has fewer of them
 SCHEMA = pa.schema(
@@ -61,7 +60,7 @@ def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Datase
         ValueError: a dataset among other sources, or the split cannot be told.
         OSError: it looks like a name on the Hub, but there is no such dataset.
     """
-    known = sound_suffixes() | FFMPEG_SUFFIXES | set(LIST_SUFFIXES)
+    known = known_suffixes()
 
     def find(source):
         if not isinstance(source, str | Path):
@@ -125,7 +124,7 @@ def _of_source(source: str) -> Iterator[tuple[Input, int]]:
             matches = [files.unstrip_protocol(match) for match in files.glob(root)]
         else:
             matches = glob.glob(source, recursive=True)
-        suffixes, skipped, first_skipped = sound_suffixes() | FFMPEG_SUFFIXES, 0, None
+        suffixes, skipped, first_skipped = all_sound_suffixes(), 0, None
         for match in sorted(matches):
             if _suffix(match) in suffixes or files.isdir(match):
                 yield from _of_source(match)
@@ -153,7 +152,7 @@ def _of_source(source: str) -> Iterator[tuple[Input, int]]:
 
 
 def _of_folder(folder: str) -> Iterator[tuple[str, int]]:
-    suffixes, skipped, first_skipped = sound_suffixes() | FFMPEG_SUFFIXES, 0, None
+    suffixes, skipped, first_skipped = all_sound_suffixes(), 0, None
     for parent, names in _walk(folder):
         for name in sorted(name for name in names if name[0] != "."):
             path = os.path.join(parent, name)

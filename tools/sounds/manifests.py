@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import glob
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,14 @@ import fsspec
 from huggingface_hub.errors import HTTPError
 
 from bat_audio_tools.machine import require
-from bat_audio_tools.names import hub_id
+from bat_audio_tools.names import hub_id, is_address
 
 # Of sound files, besides the names of libsndfile's formats.
 OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".oga", ".opus", ".sf", ".snd", ".sph"}
 MANIFEST_SUFFIXES = (".csv", ".parquet")
+LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
+# Of files that the ffmpeg program reads and libsndfile does not.
+FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,29 @@ def sound_suffixes() -> set[str]:
     """How the names of files end that libsndfile reads, in small letters."""
     suffixes = {f".{name.lower()}" for name in require("soundfile").available_formats()} | OTHER_SUFFIXES
     return suffixes - {".raw"}  # which has no header to tell what is in it
+
+
+def all_sound_suffixes() -> set[str]:
+    """The same, and those of the files that the ffmpeg program reads."""
+    return sound_suffixes() | FFMPEG_SUFFIXES
+
+
+def known_suffixes() -> set[str]:
+    """The same, and those of lists of sounds."""
+    return all_sound_suffixes() | set(LIST_SUFFIXES)
+
+
+def check_source(source: str):
+    """Raise a FileNotFoundError for sounds that cannot be there; a name that may be on the Hub is not looked up.
+
+    Args:
+        source: a file, folder or glob, an address, or the name of a dataset on the Hub.
+    """
+    if is_address(source) or os.path.exists(source) or glob.has_magic(source):
+        return
+    # A sound or a list that is not there may have the form of a name on the Hub.
+    if not hub_id(source) or Path(source).suffix.lower() in known_suffixes():
+        raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
 
 
 def manifest_columns(file: str) -> list[str]:

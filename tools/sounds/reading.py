@@ -103,7 +103,8 @@ def sound_blocks(source: str | io.IOBase, start: float, duration: float | None, 
             return
         if is_mp3 := file.format == "MP3":
             endless = EndlessFile(stack.enter_context(open(source, "rb")) if isinstance(source, str) else source)
-            file = stack.enter_context(soundfile.SoundFile(endless))
+            with _quiet_decoder():
+                file = stack.enter_context(soundfile.SoundFile(endless))
         if file.samplerate < MIN_FILE_RATE:
             raise ValueError(f"its rate of {file.samplerate} Hz is too low for sound.")
         file.seekable = lambda: False  # soundfile seeks after every read, which fails at an end that no header tells
@@ -158,6 +159,20 @@ class EndlessFile(io.RawIOBase):
         return len(content)
 
 
+@contextlib.contextmanager
+def _quiet_decoder() -> Iterator[None]:
+    """Keep back what libmpg123 says to stderr about an `EndlessFile`: that its size differs from the header's."""
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 def known_seconds(source: str | io.IOBase) -> float | None:
     """The length that the header tells; None where there is none, or only an estimate.
 
@@ -177,6 +192,7 @@ def known_seconds(source: str | io.IOBase) -> float | None:
     if is_mp3:
         with (
             open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as content,
+            _quiet_decoder(),
             soundfile.SoundFile(EndlessFile(content)) as file,
         ):
             if file.frames != frames:  # so it was estimated

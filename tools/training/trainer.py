@@ -1,21 +1,18 @@
-"""What fine-tuning and pre-training share: Trainer's arguments and order, the training folder, and resuming from it."""
+"""What fine-tuning and pre-training share: Trainer with its arguments, order and parameter groups, and new encoders."""
 
 import difflib
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE
-from bat_audio_tools.folders import whole
 from bat_audio_tools.settings import FinetuneSettings, PretrainSettings
 
 FINAL_LEARNING_RATE = 1e-6  # where the cosine ends
@@ -25,7 +22,6 @@ COMMON_FIELDS = {
     *("_commit_hash", "_name_or_path", "architectures", "attn_implementation", "auto_map", "custom_pipelines"),
     *("dtype", "torch_dtype", "model_type", "num_labels", "transformers_version", "use_cache"),
 }
-WITHOUT_INFLUENCE = ("num_workers", "report_to", "gradient_checkpointing")  # on the result; may change for resuming
 
 
 class BatTrainer(Trainer):
@@ -33,16 +29,6 @@ class BatTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-
-def training_folder(out: Path) -> Path:
-    """Where the checkpoints and logs of a run lie; a FileExistsError says that its result would overwrite something."""
-    work = out.with_name(f"{out.name}.training")
-    if out.exists():
-        is_result = (out / "config.json").is_file() and last_whole_checkpoint(work)
-        finished = ", the result of a training that is finished" if is_result else ""
-        raise FileExistsError(f"{out} exists already{finished}; name another folder (--out), or remove it.")
-    return work
 
 
 def read_config(path: str | Path) -> BatConfig:
@@ -143,50 +129,3 @@ def parameter_groups(
         })  # fmt: skip
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
-
-
-def claim(work: Path, settings: FinetuneSettings | PretrainSettings, clips: str):
-    """Note settings and clips in the training folder, or refuse a folder with checkpoints of others."""
-    facts = {name: getattr(value, "_fingerprint", value) for name, value in vars(settings).items()}
-    facts = json.loads(json.dumps({**facts, "clips": clips}, default=str))
-    notes = work / "settings.json"
-    if last_whole_checkpoint(work):
-        begun = json.loads(notes.read_text())
-        others = [
-            f"{name}={begun.get(name)!r}, now {facts[name]!r}"
-            for name in facts
-            if name not in WITHOUT_INFLUENCE and begun.get(name) != facts[name]
-        ]
-        if others:
-            raise ValueError(
-                f"{work} holds a run with other settings or data ({'; '.join(others)}). Go on with the same, or remove "
-                "that folder to begin anew."
-            )
-    with whole(notes) as partial:
-        partial.write_text(json.dumps(facts, indent=2))
-
-
-def last_whole_checkpoint(work: Path) -> str | None:
-    """The checkpoint to go on from, of those that all processes wrote to the end."""
-    notes = work / "settings.json"
-    if not notes.is_file():
-        return None
-    begun = json.loads(notes.read_text())
-    clips_at_once = begun["batch_size"] // begun["gradient_accumulation"]
-    checkpoints = {
-        int(folder.name.rpartition("-")[2]): folder
-        for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _is_whole(folder, clips_at_once)
-    }
-    return str(checkpoints[max(checkpoints)]) if checkpoints else None
-
-
-def _is_whole(checkpoint: Path, clips_at_once: int) -> bool:
-    """Whether a checkpoint was not cut off by a kill or a full disk; `clips_at_once` over all of its processes."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    processes = clips_at_once // state["train_batch_size"]  # which may be others now
-    states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))  # as torch.save writes them
