@@ -48,9 +48,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ClsTokens:
-    """In the place of a head: takes every block's CLS tokens (L, B, D) as they come, so that no others are kept."""
+    """A `BlockReader` that gives every block's CLS tokens (L, B, D), so that no other tokens are kept."""
 
-    mixes_blocks = False
+    block_attention = None
 
     def mix_patches(self, mix: None, layer: int, patch_tokens: torch.Tensor) -> None:
         return None
@@ -58,8 +58,8 @@ class ClsTokens:
     def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor:
         return cls_tokens
 
-    def classify(self, cls_tokens: torch.Tensor, patch_mix: None) -> torch.Tensor:
-        return cls_tokens
+    def classify(self, cls_mix: torch.Tensor, patch_mix: None) -> torch.Tensor:
+        return cls_mix
 
 
 class Encoder:
