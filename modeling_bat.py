@@ -243,9 +243,7 @@ class BatPreTrainedModel(PreTrainedModel):
 class Pass(NamedTuple):
     """What the blocks give of R rows, each a chunk of a clip; and, joined over all chunks, of an input of B clips."""
 
-    layers: list[
-        torch.Tensor
-    ]  # (R, S, D) or (B, 1 + N, D): the last block's tokens, or the embedding's and all blocks'
+    layers: list[torch.Tensor]  # (R, S, D) or (B, 1 + N, D) of the last block, or of the embedding and every block
     attentions: list[torch.Tensor]  # (R or B*C, H, S, S) of every block; empty unless they are asked for
     cls_tokens: torch.Tensor | None  # (R or B, L, D) of every block; None without a head
     patch_mix: torch.Tensor | None  # (R or B, D, t, f or 1), as the head mixes them; None where it mixes none
@@ -515,7 +513,10 @@ class BatModel(BatPreTrainedModel):
 def write_part(
     batch: int, clips: slice, whole: torch.Tensor | None, part: torch.Tensor, length: int, place: slice
 ) -> torch.Tensor:
-    """Write a part to [clips, place] of a whole (batch, length, ...), which is None at first; one part alone is it."""
+    """Write a part to its place, [clips, place], in a whole (batch, length, ...), and give the whole.
+
+    The whole is None at first; a part that is all of it is not copied.
+    """
     shape = (batch, length, *part.shape[2:])
     if part.shape == shape:
         return part

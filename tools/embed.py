@@ -79,12 +79,8 @@ class Encoder:
         self.processor = BatFeatureExtractor.from_model_config(self.model.config).processor.to(device)
         self.settings = settings
 
-    def num_patches(self, clip: Clip) -> int:
-        """Time patches with sound in them; the front end centres a frame on the end too, which begins no other."""
-        return -(-len(clip.samples) // (PATCH_FRAMES * self.processor.hop_length))
-
     def num_frames(self, clip: Clip) -> int:
-        return max(self.num_patches(clip) * PATCH_FRAMES, self.settings.num_frames)
+        return max(self.processor.num_patches(len(clip.samples)) * PATCH_FRAMES, self.settings.num_frames)
 
     def most_clips(self, num_frames: int) -> int:
         """That run at once: `batch_size`, or so many longer ones as take no more memory."""
@@ -106,7 +102,8 @@ class Encoder:
         pooled = {"cls": output.pooler_output.float()}
         if settings.frames or "mean" in settings.pool:
             tokens = output.patch_tokens.float().mean(dim=3).transpose(1, 2)  # (B, t, D)
-            with_sound = [row[: self.num_patches(clip)] for row, clip in zip(tokens, clips, strict=True)]
+            lengths = [self.processor.num_patches(len(clip.samples)) for clip in clips]
+            with_sound = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             pooled["mean"] = torch.stack([row.mean(dim=0) for row in with_sound])
             if settings.frames:
                 columns["tokens"] = with_sound

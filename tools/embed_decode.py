@@ -25,8 +25,14 @@ import numpy as np
 import torch
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.pipeline_bat import UNKNOWN_FORMAT
-from bat_audio.processing_bat import MAX_AMPLITUDE, MIN_FILE_RATE, UNKNOWN_FRAMES, announced_frames, load_audio
+from bat_audio.processing_bat import (
+    MAX_AMPLITUDE,
+    MIN_FILE_RATE,
+    UNKNOWN_FORMAT,
+    UNKNOWN_FRAMES,
+    announced_frames,
+    load_audio,
+)
 from bat_audio.tools.data import require
 from bat_audio.tools.embed_inputs import Input, is_address
 from bat_audio.tools.embed_settings import EmbedSettings
