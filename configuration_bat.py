@@ -194,5 +194,5 @@ def _pair(field: str, value) -> list[int]:
     return list(value)
 
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# With this, save_pretrained copies this file and fills in auto_map.
 BatConfig.register_for_auto_class()

@@ -176,7 +176,7 @@ class BatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         def initialize(tensor: torch.Tensor | None, fill, *args):
-            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # set on loaded weights
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # Loaded weights have it.
                 fill(tensor, *args)
 
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -194,7 +194,7 @@ class BatPreTrainedModel(PreTrainedModel):
             initialize(module.cls_token, nn.init.normal_, 0.0, 0.02)
             initialize(module.pos_embed, torch.Tensor.copy_, module.position_table())
 
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # Transformers 4
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # Only Transformers 5 has it.
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
             """As in Transformers 5: non-reentrant by default, so that blocks behind frozen embeddings get gradients."""
@@ -253,7 +253,7 @@ class BatModel(BatPreTrainedModel):
     """The BAT encoder: log-mel features in, one CLS token and a picture of patch tokens out."""
 
     def __init__(self, config: BatConfig):
-        config.check_fields()  # keywords of from_pretrained are set on a config that was checked before
+        config.check_fields()  # Keywords of from_pretrained have changed it since it was checked.
         super().__init__(config)
         width, (time_patches, mel_patches) = config.hidden_size, config.grid_size
         # Transformers' GradientCheckpointingLayer would do this per block, but cannot be imported beside a broken
@@ -264,7 +264,7 @@ class BatModel(BatPreTrainedModel):
         pos_embed = torch.zeros(1, time_patches * mel_patches, width)
         if config.pos_trainable:
             self.pos_embed = nn.Parameter(pos_embed)
-        else:  # a buffer, because Transformers 5 unfreezes every parameter that it loads
+        else:  # Transformers 5 unfreezes every parameter that it loads, but no buffer.
             self.register_buffer("pos_embed", pos_embed)
         self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         last = max(config.num_hidden_layers - 1, 1)
@@ -316,9 +316,9 @@ class BatModel(BatPreTrainedModel):
             if output_attentions:
                 attentions.append(weights)
             if mix_patches is not None:
-                cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
+                cls_tokens.append(hidden_states[:, 0].clone())  # A view would keep all tokens of the block.
                 patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
-        # In one piece, because small tensors all over the freed memory would keep it from being used again.
+        # They are stacked because small tensors all over the freed memory would keep it from being used again.
         cls_tokens = torch.stack(cls_tokens, dim=1) if cls_tokens else None
         return Pass([*all_hidden_states, hidden_states], attentions, cls_tokens, patch_mix)
 
@@ -440,7 +440,7 @@ class BatModel(BatPreTrainedModel):
         cls_tokens = patch_mix = None
         for clips, chunks in self._passes(features):
             times = slice(chunks.start * chunk, min(chunks.stop * chunk, time_patches))
-            by_clip = (-1, chunks.stop - chunks.start)  # takes rows apart into clips and their chunks
+            by_clip = (-1, chunks.stop - chunks.start)  # (B, C), into which `unflatten` takes the rows apart
             rows = features[clips, :, times.start * patch_frames : times.stop * patch_frames]
             rows = rows.reshape(-1, 1, rows.shape[2] // by_clip[1], mels)  # (B*C, 1, T, M)
             part = self._encode_rows(rows, output_hidden_states, output_attentions, head)
@@ -453,7 +453,7 @@ class BatModel(BatPreTrainedModel):
                 places = slice(1 + times.start * mel_patches, 1 + times.stop * mel_patches)
                 layers[i] = put(layers[i], tokens[:, :, 1:].flatten(1, 2), num_tokens, places)
                 cls_of_chunks[i] = put(cls_of_chunks[i], tokens[:, :, 0], num_chunks, chunks)
-            for i, weights in enumerate(part.attentions):
+            for i, weights in enumerate(part.attentions):  # Those of a shorter chunk are filled up with zeros.
                 filling = 1 + min(chunk, time_patches) * mel_patches - weights.shape[3]
                 weights = nn.functional.pad(weights, (0, filling) * 2).unflatten(0, by_clip)  # (B, C, H, S, S)
                 attentions[i] = put(attentions[i], weights, num_chunks, chunks)
@@ -600,10 +600,8 @@ class MixingAgain(torch.autograd.Function):
         return None, gradient, None, None
 
 
-IGNORED_LABEL = -100  # the label of a frame without one, which has no loss, as in torch's cross-entropy
-PROTOTYPES_AT_ONCE = (
-    1024  # the number compared with all patches at a time, which bounds the memory of (B, N, K) cosines
-)
+IGNORED_LABEL = -100  # Where a frame or class has this label, as in torch's cross-entropy, there is no loss.
+PROTOTYPES_AT_ONCE = 1024  # So many are compared with all patches at a time; it bounds the cosines' memory.
 
 
 class BatHead(nn.Module):
@@ -680,7 +678,7 @@ class BatHead(nn.Module):
         if not self.mixes_blocks and layer != self.last_layer:
             return None
         scale = self.block_attention.softmax(dim=0)[layer] if self.mixes_blocks else tokens.new_ones(())
-        if self.has_prototypes:  # scaling by 1 / norm in the same product keeps no normalised copy of the tokens
+        if self.has_prototypes:  # Scaling by 1 / norm in the same product needs no normalised copy of the tokens.
             scale = scale / torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp_min(1e-12)
         return tokens * scale if mix is None else torch.addcmul(mix, tokens, scale)
 
@@ -698,11 +696,11 @@ class BatHead(nn.Module):
     def _compare_with_prototypes(self, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor) -> torch.Tensor:
         """(B, 3*K) or, for binary prototypes, (B, K); with a time axis in the middle frame by frame."""
         prototypes = self.prototype_vectors.flatten(1)  # (K, D)
-        if self.is_binary:  # straight-through: +-1 forwards, the identity's gradient backwards
+        if self.is_binary:  # The forward pass sees +-1, the backward pass the gradient of the identity.
             signs = torch.where(prototypes >= 0, 1.0, -1.0).to(prototypes.dtype)
             prototypes = signs + (prototypes - prototypes.detach())
         parts = nn.functional.normalize(prototypes, dim=1).split(PROTOTYPES_AT_ONCE)
-        if torch.is_grad_enabled():  # cosines are computed again in the backward pass, not kept
+        if torch.is_grad_enabled():  # The backward pass computes the cosines again, so that none are kept.
             pooled = [checkpoint(self._pool_cosines, part, cls_mix, patch_mix, use_reentrant=False) for part in parts]
         else:
             pooled = [self._pool_cosines(part, cls_mix, patch_mix) for part in parts]
@@ -823,7 +821,7 @@ class BatForClassification(BatPreTrainedModel):
                 f"{tuple(logits.shape)} with a value per class"
                 + (f", or class indices {tuple(logits.shape[:-1])}." if is_single_label else ".")
             )
-        # Over the steps of each clip, then over the clips, so that equal parts of a batch have equal weight.
+        # The mean is over the steps of each clip, then over the clips, so that equal parts of a batch weigh the same.
         loss, is_kept = loss.reshape(len(loss), -1), is_kept.reshape(len(loss), -1)
         loss = (loss * is_kept).sum(dim=1) / is_kept.sum(dim=1).clamp_min(1)  # (B,)
         return loss.sum() / is_kept.any(dim=1).sum().clamp_min(1)
@@ -904,7 +902,7 @@ class BatForAudioFrameClassification(BatForClassification):
         return events
 
 
-# What config.json names, in every folder that `save_pretrained` writes.
+# These stand in the config.json of every folder that `save_pretrained` writes.
 AUTO_MAP = {
     "AutoConfig": "configuration_bat.BatConfig",
     "AutoModel": "modeling_bat.BatModel",
@@ -926,7 +924,7 @@ CUSTOM_PIPELINES = {
 if TYPE_CHECKING:  # This never runs; it names the file, so that Transformers copies it wherever it copies this one.
     from .pipeline_bat import BatFeatureExtractionPipeline  # noqa: F401
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# With this, save_pretrained copies this file and fills in auto_map.
 BatModel.register_for_auto_class("AutoModel")
 BatForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
 BatForAudioFrameClassification.register_for_auto_class("AutoModelForAudioFrameClassification")

@@ -27,7 +27,7 @@ HOP_LENGTH = 160  # samples between frames, 10 ms
 N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
-MAX_AMPLITUDE = 1e15  # far above any audio; larger samples overflow the power spectrum
+MAX_AMPLITUDE = 1e15  # larger samples, which no audio has, would overflow the power spectrum
 UNKNOWN_FRAMES = 2**62  # libsndfile gives a length above this for a streamed FLAC file, whose header has none
 UNKNOWN_FORMAT = 1  # libsndfile's error code for a format that it does not read
 MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
@@ -101,7 +101,7 @@ def load_audio(
                     raise ValueError(f"truncated: {missing}")
                 # The expected length may be an estimate that is too long, above all when the file starts with tags.
                 logger.warning(f"{name}: truncated, or without its length in the header: {missing}.")
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # TypeError: named .raw, without a header
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # A file named .raw is a TypeError.
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(f"{name}: cannot be read as audio: {reason}.") from error
     if not np.isfinite(samples).all():
@@ -147,7 +147,7 @@ def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE
 def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int) -> torch.Tensor:
     try:
         import torchaudio.functional
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises all three
+    except (ImportError, OSError, RuntimeError) as error:  # A build for another torch raises any of them.
         raise ImportError(
             f"Resampling a tensor on {waveform.device} needs a working torchaudio ({error}). Install a torch and "
             "torchaudio that belong together (torchaudio 2.11 works with torch 2.11 to 2.14), or resample on the CPU."
@@ -277,7 +277,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         `places` are the numbers that errors give to the clips, when they were picked from a list.
         """
         waveform = self._check_waveform(waveform, places)
-        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 would move features by 0.01
+        with torch.autocast(waveform.device.type, enabled=False):  # In bfloat16 features would move by 0.01.
             mel = self._mel_power(waveform)  # (B, T, M)
         decibel = 10 * mel.clamp_min(POWER_FLOOR).log10()
         decibel = torch.maximum(decibel, decibel.amax(dim=(1, 2), keepdim=True) - self.top_db)
@@ -479,5 +479,5 @@ def _as_tensor(clip, device: str | torch.device | None, name: str = "audio") -> 
     return clip.to(device) if device is not None else clip
 
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# With this, save_pretrained copies this file and fills in auto_map.
 BatFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
