@@ -32,8 +32,9 @@ from transformers.utils import logging
 
 HUB_REPOSITORY = "lrauch/BAT-vit-b16-pretrainedAS2M"
 HUB_COMMIT = "175109327540c72f4b678b149e7cfaf0ee45d3e9"
-HERE = Path(__file__).parent  # not resolved: the files of a Hub snapshot are links into another folder
-# A plain folder is remote code to Transformers; the installed package has registered its classes.
+# This path is not resolved, because the files of a Hub snapshot are links into another folder.
+HERE = Path(__file__).parent
+# To Transformers a plain folder is remote code, while the installed package has registered its classes.
 AUTO_OPTIONS = {"trust_remote_code": not __package__}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNTRAINED_NOTICE = "UNTRAINED: this encoder has random weights. Its numbers mean nothing."
@@ -99,7 +100,8 @@ def load_pretrained_encoder(
         logger.warning(UNTRAINED_NOTICE)
         model = AutoModel.from_config(config, dtype=dtype, **AUTO_OPTIONS, **kwargs)
     else:
-        with torch.device("meta"):  # costs nothing, and tells the class whichever way it was loaded
+        # The class depends on how this file was loaded. A model without memory tells which one it is.
+        with torch.device("meta"):
             model_class = type(AutoModel.from_config(config, **AUTO_OPTIONS))
         if (weights.parent / "config.json").is_file():
             config = _read_config(model_class.config_class, weights.parent)
@@ -118,9 +120,9 @@ def load_pretrained_encoder(
     if quantization_config is not None:
         from torchao.quantization import quantize_
 
-        # The last product, whose inputs have a wide range, rounds right into the output, of which the CLS token can be
-        # small. With it in 8 bits too, the least cosine of BAT-tiny's tokens with those of float32 was 0.965; without
-        # it, 0.987.
+        # The last product stays as it is: its inputs have a wide range, its rounding errors go straight into the
+        # output, and the CLS token there can be small. The smallest cosine between BAT-tiny's tokens and those of
+        # float32 was 0.965 with this product in 8 bits, and 0.987 without.
         last_product = model.blocks[-1].mlp.fc2
         quantize_(
             model.blocks,
@@ -128,7 +130,7 @@ def load_pretrained_encoder(
             lambda module, _: isinstance(module, nn.Linear) and module is not last_product,
         )
     if compile:
-        for block in model.blocks:  # the same code, so that the first one's graph serves all
+        for block in model.blocks:  # All blocks share their code, so one compiled graph serves all.
             block.compile()
     return model
 
@@ -151,7 +153,7 @@ def load_audio_processor(device: str | torch.device | None = None, num_frames: i
 def _check_device(device: str | torch.device):
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
+    except (RuntimeError, AssertionError) as error:  # A torch without CUDA raises AssertionError.
         raise ValueError(
             f"device={str(device)!r} is not there: {str(error).splitlines()[0]} (torch {torch.__version__}, "
             f"{torch.cuda.device_count()} CUDA devices). Use device='cpu' or install a torch build for this machine."
@@ -161,14 +163,15 @@ def _check_device(device: str | torch.device):
 def check_compiler(device: str | torch.device | None):
     """An OSError where blocks cannot be compiled; else it would come with the first clip, and be long."""
     device_type = torch.device(device or "cpu").type
-    is_linux = sys.platform == "linux"  # elsewhere Triton and Python bring what they need
+    is_linux = sys.platform == "linux"  # Elsewhere Triton and Python bring what they need.
     if device_type == "cuda":
         if not has_triton():
             raise OSError(
                 "compile=True needs Triton and a GPU of compute capability 7.0 or newer on CUDA. Install a torch build "
                 "that brings Triton, or leave compile out."
             )
-        candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as Triton chooses
+        # Triton chooses its compiler in this way.
+        candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
         compiler = next(filter(None, map(shutil.which, candidates)), None)
         if is_linux and compiler is None:
             raise OSError(
@@ -196,7 +199,8 @@ def check_compiler(device: str | torch.device | None):
 
 def _finds_python_header(compiler: str) -> bool:
     """Asks the compiler, which also looks where variables like CPATH say."""
-    # Torch and Triton too look where Python itself was installed, whatever the scheme for its packages.
+    # Like torch and Triton, this looks in the folder of the Python installation too, because packages may be installed
+    # elsewhere.
     folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
     command = [compiler, "-E", "-x", "c", "-include", "Python.h", *(f"-I{folder}" for folder in folders), os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
@@ -222,7 +226,8 @@ def _quantization_config(quantization: str, device: str | torch.device | None):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         advice = 'Use dtype="float16" instead.'
     else:
-        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)  # which would hold for other models too
+        # torchao's settings of the compiler would hold for all other models too, so they are not made.
+        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     raise ValueError(f'quantization="int8" is of no use here: {reason}. {advice}')
 
 
@@ -254,7 +259,7 @@ def _refuse_pretraining(path: Path):
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
-    except SafetensorError:  # told where it is loaded
+    except SafetensorError:  # Loading the file, which comes next, tells about the damage.
         return
     if any(name.startswith("student.") for name in names):
         encoder = path.parent / "encoder"
@@ -271,24 +276,25 @@ def _download(repository: str, revision: str) -> Path:
     try:
         _download_file(repository, "config.json", revision)
         return _download_file(repository, "model.safetensors", revision)
-    except (OSError, HTTPError) as error:  # HTTPError: its HTTP library's errors, which need not be OSErrors
+    except (OSError, HTTPError) as error:  # The Hub client's HTTPErrors need not be OSErrors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         beside = f"{HERE / 'model.safetensors'} (no such file), " if repository == HUB_REPOSITORY else ""
         raise OSError(
             f"No pretrained weights: looked for {beside}the cache {constants.HF_HUB_CACHE} and "
             f"{constants.ENDPOINT}/{repository} at revision {revision} ({type(error).__name__}: {reason}). Connect to "
             "the Hub once so that the weights are cached, or put model.safetensors beside load_model.py (hf download "
-            f"{repository} model.safetensors --local-dir .), or name another checkpoint= (--checkpoint). For random "
-            "weights, to try things out, ask with untrained=True (--untrained, of the commands that have it)."
+            f"{repository} model.safetensors --local-dir .), or name another checkpoint. To try things out, take "
+            "BAT-tiny, a small demonstration model in every clone of the repository: checkpoint='examples/bat-tiny' in "
+            "Python, --checkpoint examples/bat-tiny on the command line."
         ) from error
 
 
 def _download_file(repository: str, filename: str, revision: str) -> Path:
     is_new = not isinstance(try_to_load_from_cache(repository, filename, revision=revision), str)
-    if is_new:  # raises at once without a network (or offline), where the client itself would retry for half a minute
+    if is_new:  # Without a network this fails at once, while the Hub client would retry for half a minute.
         get_session().head(constants.ENDPOINT, timeout=5)
     path = Path(hf_hub_download(repository, filename, revision=revision, etag_timeout=5))
-    if is_new:  # the client checks only the size of what it has downloaded
+    if is_new:  # The Hub client checks the size of a download, but not its content.
         advertised = get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=5).etag
         with path.open("rb") as file:
             actual = sha_fileobj(file).hex()

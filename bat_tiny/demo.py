@@ -48,7 +48,7 @@ def similarities(model: BatModel, sounds: Sequence[Path]) -> torch.Tensor:
 
 
 def tokens_over_time(model: BatModel, processor: BatAudioProcessor, waveform: torch.Tensor) -> torch.Tensor:
-    """Of a waveform (samples,), the patch tokens of all mel bands side by side, every 160 ms: (t, D*f).
+    """The patch tokens of a waveform (samples,), those of all mel bands side by side, every 160 ms: (t, D*f).
 
     They are means over the blocks, of which the targets of the pre-training are made too.
     """

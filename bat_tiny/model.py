@@ -31,7 +31,7 @@ from bat_audio_tools.training.folder import last_whole_checkpoint
 from bat_tiny.demo import time_statistics, tokens_over_time
 from bat_tiny.sounds import SCENES, make_sounds
 
-# 2.9 million parameters; 2.56 s of sound at a time.
+# The encoder has 2.9 million parameters and takes 2.56 s of sound at a time.
 CONFIG = {
     "input_shape": [256, 128],
     "chunk_time_patches": 16,
@@ -39,8 +39,9 @@ CONFIG = {
     "num_hidden_layers": 6,
     "num_attention_heads": 3,
 }
-PIECES = 400  # sounds of which the patch projection is made
-# Smaller than the authors' settings: minutes on a large GPU, most of a day on two CPU cores.
+PIECES = 400  # The patch projection is made from so many sounds.
+# These settings are smaller than the authors': the training takes minutes on a large GPU, and most of a day on two
+# CPU cores.
 RECIPE = {
     "steps": 5200,
     "views": 8,
@@ -48,7 +49,8 @@ RECIPE = {
     "mask_block": 3,
     "decoder_blocks": 2,
     "batch_size": 256,
-    "gradient_accumulation": 1 if torch.cuda.is_available() else 16,  # for a CPU's memory and caches
+    # Smaller parts fit a CPU's memory and caches.
+    "gradient_accumulation": 1 if torch.cuda.is_available() else 16,
     "learning_rate": 1.2e-3,
     "warmup": 0.04,
     "ema_decay": 0.999,
@@ -60,12 +62,12 @@ RECIPE = {
 }
 SPLITS = ("train", "test")
 NEIGHBOURS = 5
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation that the linear probe chooses from
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # The linear probe chooses its inverse regularisation from these.
 HEADS = ("linear", "cgp")
 PROBE = {
     "preset": "probe",
     "head_pooling": "mean",
-    "learning_rate": 0.01,  # ten times the preset's: these are few steps
+    "learning_rate": 0.01,  # This is ten times the preset's, because the steps are few.
     "steps": 400,
     "eval_every": 400,
     "gradient_checkpointing": False,
@@ -86,17 +88,21 @@ of them synthesised, and its figures say nothing about the published model. Take
 recordings for real work.
 
 ```python
-from bat_audio import load_pretrained_encoder
+from transformers import pipeline
 
-model = load_pretrained_encoder(checkpoint="examples/bat-tiny")
+embed = pipeline("feature-extraction", model="examples/bat-tiny", trust_remote_code=True)
+embedding = embed("examples/tabla_loop_44k.mp3")  # 192 numbers
 ```
 
-The weights here are rounded to float16, and were judged so; the package computes with them in float32. `bat-audio
-publish FOLDER NAMESPACE/NAME` makes a repository of them, in float32, that loads with `trust_remote_code`. From
-nothing:
+This folder holds the code that it needs, so `AutoModel` and `AutoFeatureExtractor` load it in the same way. With the
+package `bat_audio` installed, `load_pretrained_encoder(checkpoint="examples/bat-tiny")` needs no remote code, and
+`bat-audio embed`, `show` and `finetune` take the model with `--checkpoint examples/bat-tiny`.
+
+The weights are stored in float16, and the results below are of these rounded weights; the model computes in float32.
+This command makes the model from nothing, in `build/bat-tiny/model`:
 
 ```bash
-python -m bat_tiny build/bat-tiny  # the model is then in build/bat-tiny/model
+python -m bat_tiny build/bat-tiny
 ```
 
 ## Results
@@ -132,8 +138,8 @@ steps:
 
 ## Sounds
 
-Made by `python -m bat_tiny.sounds` of these Debian packages, which keep their licences; the sounds
-do not come with the model. Some of the sounds in the repository's `examples/` are among them.
+Made by `python -m bat_tiny.sounds` of these Debian packages, which keep their licences; the sounds do not come with the
+model. Some of the sounds in the repository's `examples/` are among them.
 
 {packages}
 
@@ -175,9 +181,10 @@ def random_encoder() -> BatModel:
 def initial_encoder(sounds: Path) -> BatModel:
     """Random weights, but for a patch projection that fits the sounds in the folder.
 
-    As initialised, sounds are a tenth of the size of the positions that are added to them, and of a patch hardly more
-    than its loudness is left, so that a new teacher's targets would tell little else. Here they are of the same size,
-    and a patch's principal components count by the square root of what they would: half whitened.
+    With random weights alone, projected patches are a tenth of the size of the positions that are added to them, and
+    hardly more of a patch than its loudness is left, so that a new teacher's targets would tell little else. Here both
+    are of the same size, and the projection is half whitened: the principal components of the patches count by the
+    square root of what they would count otherwise.
     """
     model = random_encoder()
     projection, processor = model.patch_embed.proj, BatAudioProcessor(num_frames=None)
@@ -232,7 +239,7 @@ def statistics(
 def accuracies(
     train: np.ndarray, train_labels: list[str], test: np.ndarray, test_labels: list[str]
 ) -> dict[str, float]:
-    """Of the nearest neighbours by cosine, and of a linear probe whose strength is chosen on the training part."""
+    """Accuracies of nearest neighbours by cosine, and of a linear probe whose strength the training part decides."""
     require("sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
@@ -265,17 +272,11 @@ def probe(encoder: Path, tasks: Path, work: Path) -> dict[str, dict[str, float]]
 
 
 def store(encoder: Path, out: Path):
-    """Write the encoder to a new model folder, in float16 and without code: the package has it, and publish adds it."""
+    """Write the encoder to a new model folder, in float16, with all that loads it with remote code."""
     BatModel.from_pretrained(encoder).half().save_pretrained(out)
-    for code in out.glob("*.py"):
-        code.unlink()
     config = json.loads((out / "config.json").read_text())
-    del config["auto_map"], config["custom_pipelines"]
-    config["dtype"] = "float32"  # to compute in
+    config["dtype"] = "float32"  # The weights are stored in float16, but computed with in float32.
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    features = json.loads((out / "preprocessor_config.json").read_text())
-    del features["auto_map"]
-    (out / "preprocessor_config.json").write_text(json.dumps(features, indent=2) + "\n")
 
 
 def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: dict):
@@ -328,7 +329,6 @@ def describe(model: Path, encoder: Path, results: dict, heads: dict, sources: di
         ),
         training=body[body.index("## Pre-training") :].strip(),
     )
-    metadata = metadata.replace("- custom_code\n", "")
     (model / "README.md").write_text(f"---\n{metadata}---\n\n{card}")
 
 

@@ -46,7 +46,7 @@ from bat_audio_tools.folders import whole
 
 PROGRAMS = {"apt-get": "apt", "dpkg-deb": "dpkg", "espeak-ng": "espeak-ng", "fluidsynth": "fluidsynth", "sox": "sox"}
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-# What is taken of each package.
+# The keys are Debian packages, the values what is taken of each.
 PACKAGES = {
     **{f"asterisk-core-sounds-{language}-wav": "recorded telephone prompts" for language in LANGUAGES},
     "tuxpaint-stamps-default": "recorded descriptions of pictures in many languages, animals and other effects",
@@ -64,11 +64,12 @@ PACKAGES = {
     "lomiri-sounds": "ring tones",
     "sound-icons": "desktop sounds",
 }
-VERSIONED = {"wesnoth": r"wesnoth-1\.\d+-data"}  # packages with the game's version in their names: the newest counts
-# Copyright files in the old free form, which no program can read.
+# These packages have the game's version in their names, and the newest one is taken.
+VERSIONED = {"wesnoth": r"wesnoth-1\.\d+-data"}
+# The copyright files of these packages have the old free form, which no program can read.
 LICENCES = {"fluid-soundfont-gm": ["MIT"], "wesnoth": ["GPL-2+"]}
 
-# Each class of the task sound_source: the files of which "package/path" matches. The first match counts.
+# Each class of the task sound_source has a pattern for "package:path" of its files. The first match counts.
 SOUND_SOURCES = {
     "animal": r"tuxpaint.*/animals/|wesnoth.*/(bat-|birds|drake-|gryphon|horse|wolf)",
     "beat": r"lmms.*/beats/|sonic-pi.*/loop_",
@@ -86,9 +87,10 @@ SOUND_SOURCES = {
     "weapon": r"wesnoth.*/(axe|bow|club|crossbow|dagger|flail|hatchet|knife|mace|sling|spear|staff|sword|throw)",
 }
 
-# General-MIDI programs of each class of the task instrument_family, for train and test. Others are for pretrain, but
-# for those that share samples of the sound font with these: its bright piano is its grand piano, filtered. The
-# synthesisers' families are no classes because of that, nor are families of things that do not sound alike.
+# Each class of the task instrument_family has General-MIDI programs for train and others for test. The other
+# programs are for pretrain, but for those that share samples of the sound font with these: its bright piano is its
+# grand piano, filtered. The synthesisers' families are no classes for the same reason. Nor are families whose
+# instruments do not sound alike.
 FAMILIES = {
     "piano": ((0, 4), (2, 5)),
     "chromatic_percussion": ((8, 12), (9, 13)),
@@ -102,7 +104,7 @@ FAMILIES = {
     "pipe": ((72, 76), (73, 77)),
 }
 NO_PROGRAMS = (1, 3, 23, 25, 44, 49, 50, 85, 88, 96, 98, 99, 102, 110)
-LOW_PROGRAMS = (*range(32, 40), 43)  # basses and the contrabass, which has no high notes
+LOW_PROGRAMS = (*range(32, 40), 43)  # These are the basses and the contrabass, which has no high notes.
 DRUM_KITS = (0, 8, 16, 24, 25, 32, 40, 48)
 
 WORDS = (
@@ -114,7 +116,7 @@ ACCENTS = {
     "train": ("en-029", "en-gb-x-gbclan", "en-gb-x-rp"),
     "test": ("en-gb-scotland", "en-gb-x-gbcwmd", "en-us-nyc"),
 }
-# Those of espeak-ng 1.51. Close relatives such as klatt2 and klatt3 are in the same part.
+# These are the variants of espeak-ng 1.51. Close relatives such as klatt2 and klatt3 are in the same part.
 VARIANTS = {
     "pretrain": (
         *("adam", "Alex", "Alicia", "anika", "benjamin", "boris", "caleb", "david", "Denis", "edward", "f1", "f3"),
@@ -130,7 +132,8 @@ VARIANTS = {
         *("shelby", "victor"),
     ),
 }
-# Languages of the synthesised speech beside English, by iso-codes' names, and espeak-ng's name where it has another.
+# Speech is synthesised in English and in these languages, by iso-codes' names for them. VOICES has espeak-ng's name
+# where that is another.
 SPOKEN = (
     *("af", "bg", "bn", "ca", "cs", "cy", "da", "de", "el", "eo", "es", "et", "eu", "fa", "fi", "fr", "ga", "hi", "hr"),
     *("hu", "id", "is", "it", "kn", "lt", "lv", "mk", "nb", "nl", "pl", "pt", "ro", "ru", "sk", "sl", "sq", "sr", "sv"),
@@ -138,17 +141,19 @@ SPOKEN = (
 )
 VOICES = {"fr": "fr-fr"}
 
-SHORTEST = 0.5  # s; what is shorter gets silence after it
-PIECE, PIECES = 10.0, 6  # s; long recordings are cut, and no more pieces are taken of one
-SCENE = 10.24  # s, a chunk of the encoder
+SHORTEST = 0.5  # A sound that lasts fewer seconds gets silence after it.
+# Long recordings are cut into pieces of so many seconds, and no more than so many pieces are taken of one.
+PIECE, PIECES = 10.0, 6
+SCENE = 10.24  # A scene has so many seconds, like a chunk of the published encoder.
 COUNTS = {"recorded_speech": 3500, "synthesised_speech": 1700, "noises": 330, "sequences": 9000, "mixtures": 7000}
-SCENES = ("sequences", "mixtures")  # the parts of pretrain that are made of the others
-GAP = 0.4  # s, at most, between the sounds of a sequence
-CLIPS_PER_PROGRAM = 28  # of pretrain
-CLIPS_PER_LABEL = {"train": 40, "test": 100}  # of words and instruments, which can be made as often as one likes
+SCENES = ("sequences", "mixtures")  # These parts of pretrain are made of the others.
+GAP = 0.4  # At most so many seconds are between the sounds of a sequence.
+CLIPS_PER_PROGRAM = 28  # Every program of pretrain plays so many clips.
+# Words and instruments have so many clips; they can be made as often as one likes.
+CLIPS_PER_LABEL = {"train": 40, "test": 100}
 RECORDINGS_PER_LABEL = {"train": 40, "test": 20}
-EFFECT = 5.0  # s, at most, of a recording in the task sound_source
-ALIKE = 0.45  # correlation from which two recordings are taken for takes, or edits, of one
+EFFECT = 5.0  # The task sound_source takes at most so many seconds of a recording.
+ALIKE = 0.45  # From this correlation on, two recordings are taken for takes, or edits, of one.
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class Clip:
 def make_sounds(folder: str | Path, seed: int = 0, scale: float = 1.0, downloads: str | Path | None = None):
     """Fill a new folder as the module says; it appears whole or not at all.
 
-    The same seed, scale and package versions give the same files. In full: eight minutes on two cores, 3.1 GB.
+    The same seed, scale and package versions give the same files. All files take eight minutes on two cores and 3.1 GB.
 
     Args:
         scale: share of the files to make of each part and label, at least one each; 1.0 is about 54 h.
@@ -232,7 +237,7 @@ def _fetch(downloads: Path) -> dict[str, Path]:
         names[key] = found[-1]
     missing = [name for name in names.values() if not any(downloads.glob(f"{name}_*.deb"))]
     if missing:
-        # By default apt, run by root, fetches as the user _apt, who cannot write to a folder of root's.
+        # When root runs apt, it fetches by default as the user _apt, who cannot write to a folder of root's.
         _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", *missing], cwd=downloads)
     return {key: max(downloads.glob(f"{name}_*.deb")) for key, name in names.items()}
 
@@ -285,7 +290,7 @@ def _plan_prompts(recordings: dict[str, tuple[Path, float]], rng: np.random.Gene
             path, seconds = recordings[origin]
             if split == "pretrain":
                 yield Clip(f"pretrain/prompts/{language}_{name}", "prompts", origin, partial(_recording, path=path))
-            elif seconds >= 1:  # single letters and digits tell little of a language
+            elif seconds >= 1:  # Single letters and digits tell little of a language.
                 place = f"tasks/recorded_language/{split}/{language}/{name}"
                 yield Clip(place, "prompts", origin, partial(_recording, path=path, duration=4.0))
 
@@ -298,7 +303,7 @@ def _plan_recordings(recordings: dict[str, tuple[Path, float]], rng: np.random.G
             words.append(origin)
         elif label := next((label for label, files in SOUND_SOURCES.items() if re.match(files, origin)), None):
             labelled[label][_group(origin)].append(origin)
-        elif not re.match(r"asterisk|lmms.*/(shapes|waveforms)/", origin):  # those shapes last milliseconds
+        elif not re.match(r"asterisk|lmms.*/(shapes|waveforms)/", origin):  # The shapes of lmms last milliseconds.
             others.append(origin)
 
     for origin in rng.permutation(words)[: COUNTS["recorded_speech"]]:
@@ -333,7 +338,7 @@ def _group(origin: str) -> str:
 
 
 def _event(origin: str) -> str:
-    """As `_group`, and without what tells the variants of one event apart: crossbow of crossbow-fire-miss.ogg."""
+    """What `_group` gives, without what tells variants of one event apart: crossbow of crossbow-fire-miss.ogg."""
     return re.sub(
         r"[-_](fire|full|hard|long|short|soft|very)\b", "", _group(origin).replace("_", "-"), flags=re.IGNORECASE
     )
@@ -344,7 +349,7 @@ def _divide(
 ) -> dict[str, list]:
     """The groups' members in splits of about these shares, no group in two; a split at its limit gets no more."""
     splits = {split: [] for split in shares}
-    # Large groups first: the small ones even the shares out.
+    # Large groups come first, so that the small ones even the shares out.
     for name in sorted(rng.permutation(sorted(groups)), key=lambda name: -len(groups[name])):
         free = [split for split in splits if len(splits[split]) < (limits or {}).get(split, math.inf)]
         splits[min(free, key=lambda split: len(splits[split]) / shares[split])] += groups[name]
@@ -408,7 +413,7 @@ def _plan_instruments(soundfont: Path) -> Iterable[Clip]:
 
 
 def _thin(clips: list[Clip], scale: float, rng: np.random.Generator) -> list[Clip]:
-    """Of each folder of clips this share, at least one."""
+    """Keep this share of the clips of each folder, and at least one."""
     folders = defaultdict(list)
     for clip in clips:
         folders[os.path.dirname(clip.path)].append(clip)
@@ -420,7 +425,7 @@ def _thin(clips: list[Clip], scale: float, rng: np.random.Generator) -> list[Cli
 
 
 def _plan_scenes(made: Path, rows: list[dict], scale: float, rng: np.random.Generator) -> Iterable[Clip]:
-    """Sequences and mixtures of pretrain's files, two at least, more where they are short; of each source as often."""
+    """Sequences and mixtures of two of pretrain's files, or more where they are short; sources come equally often."""
     sources = defaultdict(list)
     for row in rows:
         if row["part"] == "pretrain":
@@ -439,7 +444,7 @@ def _plan_scenes(made: Path, rows: list[dict], scale: float, rng: np.random.Gene
 def _without_takes(made: Path, rows: list[dict], processes: ProcessPoolExecutor) -> list[dict]:
     """Remove the effects of a task that are takes or edits of one that comes before, in pretrain or in its train part.
 
-    Only within a package: what two packages share is the same file, of which there is but one.
+    Only files of one package are compared: what two packages share is the same file, which is taken only once.
     """
     packages = defaultdict(list)
     for part in ("pretrain", "sound_source/train", "sound_source/test"):
@@ -453,7 +458,7 @@ def _without_takes(made: Path, rows: list[dict], processes: ProcessPoolExecutor)
 
 
 def _takes(made: Path, rows: list[dict]) -> set[str]:
-    """Paths of the rows, which are in the order of their parts, that are like a row of a part before."""
+    """Paths of the rows that are like a row of a part before their own; the rows are in the order of their parts."""
     size = next_fast_len(round(2 * EFFECT * SAMPLE_RATE), real=True)
     spectra, takes = [_half_whitened(made / row["path"], size) for row in rows], set()
     for row, spectrum in zip(rows, spectra, strict=True):
@@ -476,8 +481,8 @@ def _half_whitened(path: Path, size: int) -> np.ndarray:
 
 
 def _make(made: Path, seed: int, clip: Clip) -> dict | None:
-    """Write the clip, its peak between -12 and -0.5 dB; its row of the index, or None for silence."""
-    # A generator of its own for each clip: who makes it, and when, does not matter.
+    """Write the clip with a peak between -12 and -0.5 dB; returns its row of the index, or None for silence."""
+    # Each clip has a random generator of its own, so that it does not matter which process makes it, and when.
     rng = np.random.default_rng([seed, zlib.crc32(clip.path.encode())])
     samples = clip.sound(rng)
     peak = np.abs(samples).max(initial=0)
@@ -492,7 +497,7 @@ def _make(made: Path, seed: int, clip: Clip) -> dict | None:
     return row | {"seconds": round(len(samples) / SAMPLE_RATE, 3)}
 
 
-# The sounds: functions of a random generator, which return samples (samples,) at SAMPLE_RATE and any level.
+# These functions make the sounds: from a random generator, samples (samples,) at SAMPLE_RATE and any level.
 
 
 def _recording(rng: np.random.Generator, path: Path, start: float = 0.0, duration: float | None = None) -> np.ndarray:
@@ -500,7 +505,7 @@ def _recording(rng: np.random.Generator, path: Path, start: float = 0.0, duratio
 
 
 def _trim(sound: np.ndarray) -> np.ndarray:
-    """Without the silence around it, but for 50 ms."""
+    """The sound without the silence around it, but for 50 ms."""
     loud = np.flatnonzero(np.abs(sound) > 0.01 * np.abs(sound).max(initial=0))
     margin = SAMPLE_RATE // 20
     return sound[max(0, loud[0] - margin) : loud[-1] + margin] if len(loud) else sound[:0]
@@ -545,7 +550,7 @@ def _play(rng: np.random.Generator, soundfont: Path, program: int, seconds: floa
     with tempfile.TemporaryDirectory() as work:
         midi, wave = f"{work}/notes.mid", f"{work}/sound.wav"
         file.save(midi)
-        # No reverberation and chorus of its own; and of the sound font, 140 MB, only what the program needs is read.
+        # fluidsynth adds no reverberation and chorus, and reads only what the program needs of the sound font's 140 MB.
         settings = ["-niq", "-R0", "-C0", "-g0.5", "-r32000", "-osynth.dynamic-sample-loading=1"]
         _run(["fluidsynth", *settings, "-F", wave, str(soundfont), midi])
         sound = load_audio(wave).numpy()[: round(seconds * SAMPLE_RATE)]
@@ -571,7 +576,7 @@ def _melody(rng: np.random.Generator, seconds: float, pitch: int) -> list[tuple[
 
 
 def _rhythm(rng: np.random.Generator, seconds: float) -> list[tuple[float, float, int]]:
-    """As `_melody`, of three to six drums, each with a chance of its own at every step."""
+    """(start, end, drum) of three to six drums, in seconds; each has a chance of its own at every step."""
     drums, step = rng.integers(35, 82, rng.integers(3, 7)), rng.uniform(0.1, 0.25)
     chances = rng.uniform(0.1, 0.6, len(drums))
     times = np.arange(0, seconds - step, step)
@@ -592,7 +597,7 @@ def _sox_noise(rng: np.random.Generator) -> np.ndarray:
         f"synth {rng.uniform(1, 6):.2f} {wave} {low:.0f}{rng.choice([':', '/'])}{high + 50:.0f} repeat 59",
         f"synth 60 square {rng.uniform(1, 30):.2f} 0 0 1 sinc {low:.0f}",
     ][rng.integers(6)]
-    # With -R sox makes the same noise every time, so of this minute it is another six seconds each time.
+    # With -R, sox makes the same minute of noise every time, so each call takes six seconds from another place in it.
     command = f"sox -R -n -r {SAMPLE_RATE} -b 16 -t wav - {effects} trim {rng.uniform(0, 50):.2f} 6 gain -n -3"
     return load_audio(_run(command.split())).numpy()
 
@@ -618,7 +623,7 @@ def _mixture(rng: np.random.Generator, files: list[Path]) -> np.ndarray:
         sound = sound[: len(scene) - start]
         scene[start : start + len(sound)] += sound
     if rng.random() < 1 / 3:
-        # A room's echoes: noise that falls by 60 dB in its reverberation time.
+        # The echoes of a room are noise that falls by 60 dB in its reverberation time.
         times = np.arange(round(rng.uniform(0.2, 1.0) * SAMPLE_RATE))
         echoes = rng.standard_normal(len(times)) * 10 ** (-3 * times / len(times))
         wet = fftconvolve(scene, echoes)[: len(scene)]

@@ -12,7 +12,8 @@ from bat_audio import BatConfig, BatModel
 from benchmarks import embed, encoder, front_end, gpu, long_audio, memory, operations, startup
 from benchmarks.harness import ROOT, Settings, describe_machine, markdown, write_report
 
-SECTIONS = {  # what runs each, and where
+# For each section, the function that runs it and the device that it runs on.
+SECTIONS = {
     "encoder": (encoder.run, "cpu"),
     "long_audio": (long_audio.run, "cpu"),
     "front_end": (front_end.run, "cpu"),
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None):
     for file in ("config.json", "model.safetensors"):
         if options.checkpoint is not None and not (options.checkpoint / file).is_file():
             parser.error(f"--checkpoint {options.checkpoint}: there is no {file}")
-    disable_progress_bar()  # of loading, which would cut through the report of what goes on
+    disable_progress_bar()  # The bar of loading weights would break up the lines that report what goes on.
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(
             folder=options.checkpoint or Path(scratch) / "random",

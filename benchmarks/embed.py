@@ -33,8 +33,9 @@ from benchmarks.harness import (
     timing_rows,
 )
 
-SECONDS = 10  # of a clip
-DISTINCT = 48  # clips; the others are copies of these, since making one takes longer than a GPU takes to embed ten
+SECONDS = 10  # The length of a clip.
+# So many clips are different, and the others are copies: making one takes longer than a GPU takes to embed ten.
+DISTINCT = 48
 FORMATS = {"flac": "FLAC, 44.1 kHz stereo", "mp3": "MP3, 44.1 kHz stereo", "wav": "WAV, 44.1 kHz stereo"}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENCODER, EMBED = "encoder alone", "embed, from files to the table"
@@ -151,7 +152,8 @@ def memory(settings: Settings, section: Section):
 def peak_of_embedding(folder: str, out: str, checkpoint: str, device: str) -> dict[str, int]:
     """Bytes at the peak of a run, of the main process and of the largest of the others."""
     embed(EmbedSettings(inputs=folder, out=out, checkpoint=checkpoint, device=device, num_frames=16))
-    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held too
+    # This file counts only the memory of this process, while getrusage counts what its parent held too.
+    status = Path("/proc/self/status").read_text()
     peak = 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1])
     others = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"main process": peak, "largest decoding process": others}

@@ -33,8 +33,9 @@ from benchmarks.harness import (
     timing_rows,
 )
 
-SECOND_FRAMES = 112  # of a clip of 1 s, in whole patches
-AST_TOKENS = {"stride": (10, 10), "prefix": 2}  # overlapping patches; tokens for class and distillation
+SECOND_FRAMES = 112  # A clip of 1 s has 100 frames, which are rounded up to whole patches.
+# AST has overlapping patches, and two more tokens, for the class and for distillation.
+AST_TOKENS = {"stride": (10, 10), "prefix": 2}
 SOUNDS = sorted(file for file in (ROOT / "examples").iterdir() if file.is_file() and file.suffix not in (".md", ".png"))
 
 
@@ -110,7 +111,8 @@ class Floor:
             return torch.randn(*shape, device=device, dtype=dtype)
 
         self.passes, self.steps = batch // clips, []
-        buffers = {}  # left and right operand and output of each product; weights follow
+        # For each product, its left operand, right operand and output. Weights are made below, for each layer.
+        buffers = {}
         for name, _, heads, rows, inner, columns in products:
             if heads:
                 right = random(clips * heads, columns, inner).transpose(1, 2)
@@ -122,7 +124,7 @@ class Floor:
                 if layer >= layers:
                     continue
                 left, right, out = buffers[name]
-                weight = None if heads else random(columns, inner).t()  # as Linear stores it
+                weight = None if heads else random(columns, inner).t()  # torch.nn.Linear stores its weight so.
                 if heads:
                     self.steps.append(functools.partial(torch.bmm, left, right, out=out))
                 elif biases:
@@ -168,10 +170,10 @@ def keep_fastest_floor(seconds: dict[str, list[float]]) -> tuple[dict[str, list[
 def published_way(model: BatModel) -> Callable:
     """How the published release computes: attention weights in memory, and every block's tokens kept.
 
-    `forward` would split the batch on a CPU to stay in cache; its inner method takes the batch as a whole.
+    `forward` would split the batch on a CPU to stay in cache; `encode_chunks` takes the batch as a whole.
     """
     model.set_attn_implementation("eager")
-    return lambda features: model._encode_pass(features.to(model.dtype), True, False, None)
+    return lambda features: model.encode_chunks(features.to(model.dtype), output_hidden_states=True)
 
 
 def encoders(
@@ -279,7 +281,8 @@ def picture_cases(
 def short_clips(model: BatModel, batch: int) -> dict[str, Callable[[], Case]]:
     """The encoder, and its matrix products alone, on clips of 1 s and of 10.24 s."""
     cases, config = {}, model.config
-    cores = math.gcd(batch, torch.get_num_threads())  # of 10.24 s, the encoder takes a clip per core at a time
+    # On a CPU the encoder takes one clip of 10.24 s per core at a time, and the floor does the same.
+    cores = math.gcd(batch, torch.get_num_threads())
     for name, frames, clips in (("1 s", SECOND_FRAMES, batch), ("10.24 s", config.input_shape[0], cores)):
         make_features = functools.partial(random_features, config, batch, frames)
         make_floor = functools.partial(Floor, matrix_products(config, frames), batch, clips, biases=True)
@@ -386,13 +389,13 @@ def token_cosines(settings: Settings) -> tuple[dict[str, tuple[float, float]], d
             expected = load_pretrained_encoder(checkpoint=folder).forward_encoder(features)
         for way, make_call in INT8_WAYS.items():
             case = f"{way}, {weights}"
-            torch._dynamo.reset()  # which would leave blocks as they are after compiling too many others
+            torch._dynamo.reset()  # After too many compilations torch would run the blocks uncompiled.
             try:
                 call = make_call(folder, out)
                 with torch.inference_mode():
                     similar = nn.functional.cosine_similarity(call(features), expected, dim=-1)
                 cosines[case] = similar.mean().item(), similar.min().item()
-            except Exception as error:  # weights that lose too much, a library that is missing or fails
+            except Exception as error:  # The weights may lose too much, or a library be missing.
                 left_out[case] = reason(error)
     return cosines, left_out
 
@@ -412,7 +415,8 @@ def tokens_of_onnx(folder: Path, out: Path) -> Callable:
     return lambda features: torch.from_numpy(run_session(features)[0])
 
 
-INT8_WAYS = {  # what makes the encoder of each, from features to tokens
+# For each way to run in int8, a function that makes the encoder, from features to tokens.
+INT8_WAYS = {
     "int8 compiled": lambda folder, out: encoders(folder)["int8 compiled"]().forward_encoder,
     "onnxruntime int8": tokens_of_onnx,
 }

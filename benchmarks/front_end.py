@@ -20,7 +20,7 @@ from benchmarks.harness import (
     timing_rows,
 )
 
-SECONDS = 10  # of a clip
+SECONDS = 10  # The length of a clip.
 
 
 def torchaudio_chain(device: str = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
@@ -31,7 +31,8 @@ def torchaudio_chain(device: str = "cpu") -> Callable[[torch.Tensor], torch.Tens
     to_decibel = AmplitudeToDB("power", top_db=TOP_DB)
 
     def compute(waveform: torch.Tensor) -> torch.Tensor:
-        decibel = to_decibel(mel(waveform[:, None]))  # (B, 1, M, T), or the maximum would be that of the batch
+        # (B, 1, M, T): without the channel, torchaudio would take the maximum of the whole batch.
+        decibel = to_decibel(mel(waveform[:, None]))
         low, high = decibel.amin(dim=(2, 3), keepdim=True), decibel.amax(dim=(2, 3), keepdim=True)
         scaled = (decibel - low) / (high - low + 1e-8)
         return nn.functional.pad(scaled, (0, NUM_FRAMES - scaled.shape[3])).transpose(2, 3)
@@ -86,8 +87,8 @@ def run(settings: Settings) -> Section:
     section = Section("Front end")
     batch = 2 if settings.quick else 16
     with progress("front end"):
-        # In a process like those that load data: one that has handled much larger tensors keeps their memory, which
-        # spares the plain chain the cost of getting new memory for its spectra in every call.
+        # This runs in a fresh process, like those that load data. A process that has handled much larger tensors keeps
+        # their memory, so torchaudio's chain would not have to get new memory for its spectra in every call.
         seconds, left_out = in_fresh_process(time_cases, settings.folder, batch, settings.batch, settings.rounds)
     section.leave_out(left_out)
     ours = "BatAudioProcessor"

@@ -31,7 +31,7 @@ from benchmarks.harness import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 8, 64, 256)
-CEILING_SIZE = 8192  # rows and columns of the product whose speed is the ceiling
+CEILING_SIZE = 8192  # The ceiling is the speed of a product of square matrices with so many rows.
 WAYS = ("published way", "eager sdpa", "compiled", "timm ViT-B/16")
 
 
@@ -57,7 +57,7 @@ def run(
         ],
     )
     ceilings = []
-    # Convolutions would use TF32 where matrix products do not; the patches are one.
+    # By default torch uses TF32 for convolutions, but not for matrix products. The patches are made by a convolution.
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         for dtype in dtypes:
@@ -81,11 +81,11 @@ def add_tables(section: Section, settings: Settings, dtype: torch.dtype, batch: 
         **picture_cases(encoder_calls(settings, config, dtype, batch), config, batch, device=device, dtype=dtype),
         **front_ends(batch, device),
     }
-    torch._dynamo.reset()  # a graph for this batch size, not one for several
+    torch._dynamo.reset()  # Otherwise torch would compile one graph for several batch sizes.
     with progress(run_name):
         seconds, left_out = interleave(cases, settings.rounds, device)
     section.leave_out({f"{case} in {run_name}": why for case, why in left_out.items()})
-    most = [2 * size**3 / value for value in seconds.pop("ceiling", [])]  # operations per second
+    most = [2 * size**3 / value for value in seconds.pop("ceiling", [])]  # Operations per second.
     front = {case: seconds.pop(case) for case in front_ends(batch, device) if case in seconds}
     seconds, floor = keep_fastest_floor(seconds)
     section.notes.append(f"{run_name}: {floor}")
@@ -95,7 +95,7 @@ def add_tables(section: Section, settings: Settings, dtype: torch.dtype, batch: 
         "timm ViT-B/16": count_operations(ungated, frames),
         "transformers AST": count_operations(ungated, frames, **AST_TOKENS),
     }
-    speeds = {  # operations per second
+    speeds = {  # Operations per second.
         case: [others.get(case, count_operations(config, frames)) / value for value in values]
         for case, values in seconds.items()
     }
@@ -127,8 +127,8 @@ def encoder_calls(
     calls = {**floors(config, batch, device, dtype), **{way: ways[way] for way in WAYS}}
     calls["torch.export"] = lambda: exported_program(folder, settings.scratch, device, dtype)
     calls["transformers AST"] = lambda: audio_spectrogram_transformer(config, device, dtype)
-    if dtype == torch.bfloat16:  # of what int8 leaves as it is
+    if dtype == torch.bfloat16:  # What int8 leaves as it is runs in bfloat16.
         calls["int8 compiled"] = ways["int8 compiled"]
-    if batch == 1:  # CUDA graphs, which save the most where kernels are short
+    if batch == 1:  # This mode takes CUDA graphs, which save the most where kernels are short.
         calls["reduce-overhead"] = lambda: torch.compile(ways["eager sdpa"](), fullgraph=True, mode="reduce-overhead")
     return calls

@@ -25,11 +25,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "torchao", "torchaudio", "safetensors")
 CPU_FLAGS = r"avx2|avx512f|avx512_bf16|avx512_vnni|avx_vnni|amx_\w+|asimd\w*|i8mm|bf16|sve2?"
-SECONDS_PER_MEASUREMENT = {"cpu": 0.2, "cuda": 0.05}  # short calls are repeated to last this long together
-MOST_CALLS = 50  # in one measurement
-WARM_UP_CALLS = 3  # of each case, of which CUDA graphs record the second
-PAUSE = 0.05  # seconds before a measurement, in which the threads of the case before go to sleep
-BLUE, GREY = "#0072B2", "#666666"  # told apart by the colour-blind
+SECONDS_PER_MEASUREMENT = {"cpu": 0.2, "cuda": 0.05}  # Short calls are repeated until they last this long together.
+MOST_CALLS = 50  # A measurement repeats a call at most so often.
+WARM_UP_CALLS = 3  # Each case is called so often before it is timed. CUDA graphs record the second call.
+PAUSE = 0.05  # Seconds before a measurement, in which the threads of the case before go to sleep.
+BLUE, GREY = "#0072B2", "#666666"  # The colour-blind can tell these two apart.
 
 
 @dataclass
@@ -84,16 +84,16 @@ def interleave(
     for name, make_case in cases.items():
         try:
             ready[name] = _prepare(make_case, device)
-        except Exception as error:  # a library that is missing, or refuses this machine
+        except Exception as error:  # A library may be missing, or refuse this machine.
             left_out[name] = reason(error)
-        if name in left_out:  # after the error, which holds what the call held
+        if name in left_out:  # Not inside `except`, where the error still holds what the call held.
             _free_memory(device)
     seconds = {name: [] for name in ready}
     for _ in range(rounds):
         for name in order.sample(list(ready), len(ready)):
             try:
                 seconds[name].append(_measure(*ready[name], device))
-            except Exception as error:  # out of memory, for one
+            except Exception as error:  # For example, the memory may run out.
                 left_out[name] = reason(error)
             if name in left_out:
                 del ready[name], seconds[name]
@@ -208,13 +208,13 @@ def peak_growth(call: Callable[[], Any], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     reset = Path("/proc/self/clear_refs")
     try:
-        reset.write_text("5")  # the peak starts anew from here
-    except OSError:  # no Linux, or not allowed: the peak so far stands for what is held
+        reset.write_text("5")  # From here on, Linux measures the peak anew.
+    except OSError:  # This is not Linux, or it is not allowed. The peak so far stands for what is held now.
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    with contextlib.suppress(AttributeError):  # only glibc keeps and can return freed memory
+    with contextlib.suppress(AttributeError):  # Only glibc keeps freed memory, and can return it.
         ctypes.CDLL(None).malloc_trim(0)
     before = _status_bytes("VmRSS")
     reset.write_text("5")

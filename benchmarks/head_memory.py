@@ -16,7 +16,7 @@ import torch
 
 from bat_audio import BatConfig, BatForAudioClassification
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # when this file is run by its name
+sys.path.insert(0, str(Path(__file__).parent.parent))  # Run by its name, this file would not find `benchmarks`.
 from benchmarks.harness import peak_growth
 
 CASES = {
@@ -70,7 +70,7 @@ def peak_bytes(case: str, batch: int, folder: str | None = None, device: str | N
         if model.training:
             loss.backward()
 
-    step(1)  # allocates what does not depend on the batch, gradients included
+    step(1)  # This allocates what does not depend on the batch, such as the gradients.
     return peak_growth(lambda: step(batch), device)
 
 

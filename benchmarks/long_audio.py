@@ -8,7 +8,7 @@ from benchmarks.harness import Section, Settings, Spread, Table, in_fresh_proces
 from benchmarks.memory import inference_peak, memory_table
 
 FRAMES_PER_MINUTE = 6000
-ROUNDS, CLIPS = 3, 10  # the hour, and the clips that are timed before and after it
+ROUNDS, CLIPS = 3, 10  # The hour is timed so often, with so many clips before it and after it.
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def run(settings: Settings) -> Section:
     model = load_pretrained_encoder(settings.device, checkpoint=settings.folder)
     clip_frames, long_frames, longest = config.input_shape[0], minutes[-1] * FRAMES_PER_MINUTE, f"{minutes[-1]} minutes"
     clip, long = [], []
-    seconds_per_second(model, 2 * clip_frames, 1, settings.device)  # to warm up
+    seconds_per_second(model, 2 * clip_frames, 1, settings.device)  # This call warms up.
     for number in range(rounds):
         with progress(f"{longest} in one call, round {number + 1} of {rounds}"):
             before = seconds_per_second(model, clip_frames, CLIPS, settings.device)
@@ -43,7 +43,8 @@ def run(settings: Settings) -> Section:
     section.notes.append(f"{longest} were timed {rounds} times, each between twice {CLIPS} clips of 10.24 s.")
     section.judge(f"{longest}, time per second / 10.24 s", ratio(long, clip).median, at_most=1.05)
 
-    # How much freed memory glibc holds back is chance; the second time it maps every large tensor by itself.
+    # How much freed memory glibc holds back is up to chance. With the second setting it gets memory for every large
+    # tensor from the system and returns it at once.
     ways = {"": {}, ", without what glibc holds back": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
     for way, environment in (ways if settings.device == "cpu" else {"": {}}).items():
         sizes = {}

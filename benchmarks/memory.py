@@ -19,7 +19,7 @@ def inference_peak(folder: str, way: str, batch: int, frames: int | None, device
     config = BatConfig.from_pretrained(folder)
     features = random_features(config, batch, frames, device=device)
     with torch.inference_mode():
-        call(features[:1, :, : config.input_shape[0]])  # allocates what does not depend on the input
+        call(features[:1, :, : config.input_shape[0]])  # This allocates what does not depend on the input.
         return peak_growth(lambda: call(features), device)
 
 
@@ -35,7 +35,7 @@ def training_peak(folder: str, batch: int, is_checkpointed: bool, device: str) -
             loss = model(clips).last_hidden_state.float().square().mean()
         loss.backward()
 
-    step(features[:1])  # allocates the gradients
+    step(features[:1])  # This allocates the gradients.
     return peak_growth(lambda: step(features), device)
 
 

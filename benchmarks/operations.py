@@ -9,7 +9,7 @@ from benchmarks.harness import Case, Section, Settings, Table, progress
 
 CALLS, MOST_OPERATIONS = 5, 20
 CUDA_BATCH, FRONT_END_BATCH = 64, 16
-LONGEST_NAME = 100  # characters of a kernel's name
+LONGEST_NAME = 100  # Names of kernels are cut to so many characters.
 
 
 def run_cpu(settings: Settings) -> Section:
@@ -50,7 +50,7 @@ def operations(case: Case, device: str) -> list[dict]:
     """The operations that take the most time by themselves: a GPU's kernels, else torch's operators on the CPU."""
     is_cuda = torch.device(device).type == "cuda"
     inputs = [case.make_input() for _ in range(3 + CALLS)]
-    for item in inputs[:3]:  # warms up, and compiles
+    for item in inputs[:3]:  # These calls compile and warm up.
         case.call(item)
     with torch.profiler.profile() as record:
         for item in inputs[3:]:
@@ -60,7 +60,7 @@ def operations(case: Case, device: str) -> list[dict]:
     kind = torch.autograd.DeviceType.CUDA if is_cuda else torch.autograd.DeviceType.CPU
     found = [event for event in record.key_averages() if event.device_type == kind]
     time_of = {event.key: event.self_device_time_total if is_cuda else event.self_cpu_time_total for event in found}
-    total = sum(time_of.values())  # microseconds
+    total = sum(time_of.values())  # Microseconds.
     return [
         {
             "operation": event.key[:LONGEST_NAME].replace("|", "/"),

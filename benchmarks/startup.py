@@ -19,7 +19,8 @@ BARE = (
 )
 WAYS = {
     "bare": BARE,
-    "bare, with PreTrainedModel": f"{BARE}; from transformers import PreTrainedModel",  # which any model class needs
+    # Every model class of Transformers needs PreTrainedModel.
+    "bare, with PreTrainedModel": f"{BARE}; from transformers import PreTrainedModel",
     "load_model.py": "sys.path.insert(0, folder); from load_model import load_pretrained_encoder as l; model = l()",
     "bat_audio": "from bat_audio import load_pretrained_encoder as load; model = load(checkpoint=folder)",
     "AutoModel": (

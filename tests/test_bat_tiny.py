@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import THREADS, assert_same_weights
+from conftest import ROOT, THREADS, assert_same_weights, run_python
 from safetensors.torch import load_file
 from speech_commands import make_speech_commands
 from threadpoolctl import threadpool_limits
@@ -38,6 +38,38 @@ def test_shipped_model_is_small_and_loads_in_float32():
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
     assert model.dtype == torch.float32
     assert_same_weights(model.state_dict(), {name: weight.float() for name, weight in stored.items()})
+
+
+def test_shipped_code_is_that_of_the_repository():
+    """Copies, since links break in clones on Windows and in uploads to the Hub."""
+    code = sorted(ROOT.glob("*_bat.py"))
+    assert {file.name for file in code} == {file.name for file in BAT_TINY.glob("*.py")}
+    for file in code:
+        is_same = file.read_bytes() == (BAT_TINY / file.name).read_bytes()
+        assert is_same, f"{file.name} has changed; copy it with: cp *_bat.py examples/bat-tiny/"
+
+
+LOAD_WITH_REMOTE_CODE = """
+import sys
+from transformers import AutoFeatureExtractor, AutoModel, pipeline
+folder, sound = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+embed = pipeline("feature-extraction", model=folder, trust_remote_code=True)
+assert "bat_audio" not in sys.modules and type(model).__module__.startswith("transformers_modules")
+features = extractor(extractor.load_audio(sound), sampling_rate=16000, padding="longest", return_tensors="pt")
+print(model.dtype, model(**features).pooler_output.shape, len(embed(sound)))
+print(model.state_dict()["cls_token"].double().sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_shipped_folder_loads_with_the_code_in_it(tmp_path):
+    arguments = BAT_TINY, EXAMPLES / "tabla_loop_44k.mp3"
+    printed = run_python(LOAD_WITH_REMOTE_CODE, *arguments, cwd=tmp_path, HF_MODULES_CACHE=tmp_path / "modules").stdout
+    size, cls_token = printed.splitlines()
+    assert size == "torch.float32 torch.Size([1, 192]) 192"
+    assert float(cls_token) == load_file(BAT_TINY / "model.safetensors")["cls_token"].double().sum().item()
 
 
 def test_results_are_of_the_shipped_weights():
@@ -119,6 +151,10 @@ def test_build_makes_what_is_missing(tmp_path, monkeypatch):
     assert_same_weights(model.state_dict(), encoder.half().float().state_dict())
     assert {weight.dtype for weight in load_file(work / "model" / "model.safetensors").values()} == {torch.float16}
     assert load_pretrained_encoder(checkpoint=work / "model").dtype == torch.float32
+    assert {file.name for file in BAT_TINY.glob("*.*")} <= {file.name for file in (work / "model").glob("*.*")}
+    made, shipped = (json.loads((folder / "config.json").read_text()) for folder in (work / "model", BAT_TINY))
+    for name in ("auto_map", "custom_pipelines", "dtype"):
+        assert made[name] == shipped[name]
     assert model.num_parameters() < 3e6
     assert sum(file.stat().st_size for file in (work / "model").rglob("*") if file.is_file()) < 8e6
     results = json.loads((work / "model" / "results.json").read_text())

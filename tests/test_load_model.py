@@ -123,8 +123,9 @@ def test_refusal_says_where_it_looked_and_what_to_do(hub, load, tmp_path, fault)
     assert answer["error"] == "OSError"
     for hint in (str(ROOT / "model.safetensors"), str(tmp_path / "cache"), hub.endpoint, hub.repo_id, hub.commit):
         assert hint in answer["message"]
-    for cure in ("Connect to the Hub", "checkpoint=", "untrained=True"):
+    for cure in ("Connect to the Hub", "checkpoint='examples/bat-tiny'", "--checkpoint examples/bat-tiny"):
         assert cure in answer["message"]
+    assert "--untrained" not in answer["message"]  # Most commands have no such option.
 
 
 def test_cut_download_leaves_nothing_that_loads(hub, load, tmp_path):
@@ -160,7 +161,7 @@ def test_offline_without_cache_is_an_error_that_helps(tmp_path):
     message = run_python(code, HF_HOME=tmp_path).stdout
     assert "offline" in message
     assert str(tmp_path) in message
-    assert "untrained=True" in message
+    assert "examples/bat-tiny" in message
 
 
 # Local checkpoints

@@ -1,165 +1,241 @@
-"""Every snippet and command of the README runs and prints what it says."""
+"""Every command and snippet of README.md and of the pages in docs/ runs and prints what it says."""
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run, run_python, tiny_config
+from conftest import ROOT, SNAPSHOT_FILES, THREADS, run, run_python, tiny_config
 from hub_server import HubServer
 from safetensors.torch import load_file
 
-from bat_audio import BatConfig, BatModel
+from bat_audio import BatConfig, BatForAudioClassification, BatModel
 
 pytestmark = pytest.mark.slow
 
-README = (ROOT / "README.md").read_text()
-TASKS = README[README.index("## From encoder to finished task") : README.index("## Looking at it")]
-LOOKING = README[README.index("## Looking at it") : README.index("## Pre-training")]
-PRETRAINING = README[README.index("## Pre-training") : README.index("## Shapes")]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.replace(TASKS, ""), re.DOTALL)
-SIZES = re.compile(r"torch\.Size\(\[[\d, ]+\]\)")
-# What each line prints, if a comment says so.
-PRINTS = re.compile(r"^print\(.*\)  # (\d+|\[.*\]|torch\.Size\(.*\))$", re.MULTILINE)
+PAGES = {page.stem: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+ALL_PAGES = "\n".join(PAGES.values())
+BLOCKS = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
+# What a line prints, if a comment says so; what follows two spaces explains it.
+PRINTS = re.compile(r"^print\(.*\)  # (.*?)(?:  .*)?$", re.MULTILINE)
+# Two steps of training instead of hundreds.
+SHORT = {
+    "finetune": {"--steps": "2", "--batch-size": "4", "--num-frames": "112"},
+    "pretrain": {"--steps": "2", "--batch-size": "1", "--views": "2", "--num-workers": "0"},
+}
+SHORT_IN_PYTHON = {"steps=200": 'steps=2, batch_size=4, num_frames=112, report_to="none"'}
+# A process that has imported what takes long, but nothing of BAT, and forks for every program: each starts afresh, but
+# in no time. Of a line on standard input it runs "code" with the rest as a snippet, or the rest as a module or a script
+# with its arguments, writes what that prints to a file, and answers with the exit status.
+PROGRAMS = """
+import json, os, runpy, sys
+import accelerate, datasets, matplotlib.pyplot, pandas, sklearn.metrics, torch
+import transformers.pipelines, transformers.trainer
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+printed, (kind, program, *arguments) = json.loads(line)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(file, 1)
+os.dup2(file, 2)
+sys.argv = [program, *arguments]
+if kind == "code":
+    exec(compile(program, "snippet", "exec"), {"__name__": "__main__"})
+elif kind == "module":
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(program, run_name="__main__")
+"""
 
 
-@contextmanager
-def cloned(tmp_path_factory, files: Path):
-    """The repository's files, with weights and examples, a Hub that has the weights, and data to train on."""
-    folder = tmp_path_factory.mktemp("clone") / "bat"
-    shutil.copytree(files, folder)
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    rng = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (folder / "sounds" / label).mkdir(parents=True)
-        for number in range(6):
-            soundfile.write(folder / "sounds" / label / f"{number}.wav", 0.1 * rng.standard_normal(16000), 16000)
-    events = [f"sounds/{label}/{i}.wav,{label},0.1,0.6" for label in ("cat", "dog") for i in range(6)]
-    (folder / "events.csv").write_text("\n".join(["path,labels,onset,offset", *events]))
-    with HubServer({name: (files / name).read_bytes() for name in ("config.json", "model.safetensors")}) as hub:
-        hub.user = "me"
-        environment = {**hub.env(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": None, "HF_TOKEN": hub.token}
-        yield folder, environment
-    shutil.rmtree(folder)
+class Clone:
+    """A copy of the repository in `folder`, with weights of the published width and data to train on, and a Hub."""
+
+    def __init__(self, parent: Path, site: Path, num_hidden_layers: int):
+        self.folder, self.printed, self.weights = parent / "bat", parent / "printed.txt", parent / "model.safetensors"
+        self.folder.mkdir()
+        for file in SNAPSHOT_FILES:
+            shutil.copy(file, self.folder)
+        shutil.copytree(ROOT / "examples", self.folder / "examples")
+        torch.manual_seed(0)
+        model = BatModel(BatConfig(num_hidden_layers=num_hidden_layers))
+        model.save_pretrained(self.folder)
+        shutil.copy(self.folder / "model.safetensors", self.weights)
+        torch.save({f"student.encoder.{name}": tensor for name, tensor in model.state_dict().items()}, self.authors)
+        tiny_config().save_pretrained(self.folder / "small")
+        rng = np.random.default_rng(0)
+        for label in ("cat", "dog"):
+            (self.folder / "sounds" / label).mkdir(parents=True)
+            for i in range(6):
+                soundfile.write(self.folder / f"sounds/{label}/{i}.wav", 0.1 * rng.standard_normal(16000), 16000)
+        events = [f"sounds/{label}/{i}.wav,{label},0.1,0.6" for label in ("cat", "dog") for i in range(6)]
+        (self.folder / "events.csv").write_text("\n".join(["path,labels,onset,offset", *events]))
+        self.hub = HubServer({name: (self.folder / name).read_bytes() for name in ("config.json", "model.safetensors")})
+        self.hub.user = "me"
+        home = self.hub.env(parent / "home")
+        self.environment = {**home, "HF_HUB_OFFLINE": None, "HF_TOKEN": self.hub.token, "PYTHONPATH": str(site)}
+
+    @property
+    def authors(self) -> Path:
+        return self.folder / "BAT_base.pt"
+
+    def __enter__(self) -> "Clone":
+        self.hub.__enter__()
+        environment = {name: value for name, value in self.environment.items() if value is not None}
+        environment["OMP_NUM_THREADS"] = str(THREADS)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, "-c", PROGRAMS]
+        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait()
+        self.hub.__exit__(*exception)
+        shutil.rmtree(self.folder)
+
+    def run_page(self, name: str) -> dict[str, str]:
+        """Run all commands and snippets of a page, one after the other; returns what each command has printed."""
+        printed = {}
+        for language, code in BLOCKS.findall(PAGES[name]):
+            if language == "python":
+                self.run_snippet(code)
+            else:
+                printed |= {line: self.run_command(shlex.split(line, comments=True)) for line in code.splitlines()}
+        return printed
+
+    def run_snippet(self, code: str):
+        expected = PRINTS.findall(code)
+        assert expected, code
+        for usual, short in SHORT_IN_PYTHON.items():
+            code = code.replace(usual, short)
+        lines = self.run_program("code", code).splitlines()
+        assert [line for line in lines if line in expected] == expected, (code, lines)
+
+    def run_command(self, words: list[str]) -> str:
+        match words:
+            case ["bat-audio", *arguments]:
+                return self.run_program("module", "bat_audio_tools.cli", *shortened(arguments))
+            case ["accelerate", "launch", "-m", module, *arguments]:
+                launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", module]
+                return run([*launch, *shortened(arguments)], cwd=self.folder, **self.environment).stdout
+            case ["python" | ".venv/bin/python", script, *arguments]:
+                return self.run_program("script", script, *arguments)
+            case ["hf", *arguments]:
+                (self.folder / "model.safetensors").unlink()
+                run([str(Path(sys.executable).parent / "hf"), *arguments], cwd=self.folder, **self.environment)
+                assert (self.folder / "model.safetensors").read_bytes() == self.weights.read_bytes()
+                return ""
+            case ["make" | "pip", *_]:
+                return ""  # The tests of targets and extras look at these.
+        raise AssertionError(f"No test runs {shlex.join(words)}")
+
+    def run_program(self, kind: str, *words: str) -> str:
+        self.process.stdin.write(json.dumps([str(self.printed), [kind, *words]]) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline().strip()
+        printed = self.printed.read_text()
+        assert status == "0", (words, status, printed)
+        return printed
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, plain_folder):
-    with cloned(tmp_path_factory, plain_folder) as folder_and_environment:
-        yield folder_and_environment
+def shortened(arguments: list[str]) -> list[str]:
+    """The arguments of `bat-audio`, with few steps and short clips for a training."""
+    short = SHORT.get(arguments[0], {})
+    kept = [word for i, word in enumerate(arguments) if not {word, arguments[i - 1]} & short.keys()]
+    return [*kept, *(word for option in short.items() for word in option)]
 
 
-@pytest.fixture(scope="module")
-def shallow_clone(tmp_path_factory, plain_folder):
-    """For training: with an encoder of the published width, but two blocks."""
-    files = tmp_path_factory.mktemp("shallow") / "bat"
-    shutil.copytree(plain_folder, files, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
-    torch.manual_seed(0)
-    model = BatModel(BatConfig(num_hidden_layers=2))
-    model.config.auto_map = BatConfig.from_pretrained(plain_folder).auto_map
-    model.save_pretrained(files)
-    with cloned(tmp_path_factory, files) as (folder, environment):
-        original = {f"student.encoder.{name}": t for name, t in model.state_dict().items()}
-        torch.save(original, folder / "BAT_base.pt")
-        yield folder, environment
+@pytest.fixture
+def clone(request, tmp_path, installed_folder) -> Iterator[Clone]:
+    """With an encoder of two blocks, or as many as the test wants."""
+    with Clone(tmp_path, installed_folder, num_hidden_layers=getattr(request, "param", 2)) as clone:
+        yield clone
 
 
-def test_readme_has_the_snippets():
-    assert len(SNIPPETS) == 6
+def test_every_page_has_a_test():
+    assert PAGES.keys() == {"README", "use", "embed", "train", "pretrain", "speed", "formats"}
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet_prints_what_it_says(number, clone, installed_folder):
-    folder, environment = clone
-    code = SNIPPETS[number]
-    expected = [size for line in code.splitlines() if "#" in line for size in SIZES.findall(line.partition("#")[2])]
-    printed = run_python(code, cwd=folder, PYTHONPATH=installed_folder, **environment).stdout
-    assert expected
-    assert SIZES.findall(printed) == expected
+def test_readme_is_short():
+    assert len(PAGES["README"].splitlines()) <= 280
 
 
-def test_tasks_one_after_the_other(shallow_clone, installed_folder):
-    """Every command and snippet of the section, with two steps of training instead of hundreds."""
-    folder, environment = shallow_clone
-    environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    program, module = [sys.executable, "-m", "bat_audio_tools.cli"], [sys.executable, "-m"]
-    for language, code in re.findall(r"```(bash|python)\n(.*?)```", TASKS, re.DOTALL):
-        if language == "python":
-            code = code.replace("steps=200", 'steps=2, batch_size=4, num_frames=112, report_to="none"')
-            printed = run_python(code, cwd=folder, **environment).stdout.splitlines()
-            expected = PRINTS.findall(code)
-            assert expected
-            assert [line for line in printed if line in expected] == expected, printed
-            continue
-        command = code.split()
-        if "finetune" in command:
-            short = {"--steps": "2", "--batch-size": "4", "--num-frames": "112"}
-            command = [word for i, word in enumerate(command) if not {word, command[i - 1]} & short.keys()]
-            command += [word for option in short.items() for word in option]
-        is_launched = command[:2] == ["accelerate", "launch"]
-        launch = [*module, "accelerate.commands.launch", "--num_processes", "1"]
-        run([*launch, *command[2:]] if is_launched else [*program, *command[1:]], cwd=folder, **environment)
-    for trained in ("my-probe", "my-model", "my-model-2", "my-linear", "my-events"):
-        assert json.loads((folder / trained / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
-    converted = load_file(folder / "bat-base" / "model.safetensors")
-    original = load_file(folder / "model.safetensors")
-    assert converted.keys() == original.keys()
-    assert all(torch.equal(converted[name], original[name]) for name in original)
-    check = "import sys; from huggingface_hub import hf_hub_download; print(hf_hub_download(*sys.argv[1:]))"
-    published = run_python(check, "me/my-model", "model.safetensors", **environment).stdout.strip()
-    assert Path(published).read_bytes() == (folder / "my-model" / "model.safetensors").read_bytes()
-
-
-def test_looking_at_it(clone, installed_folder):
-    folder, environment = clone
-    environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    run([sys.executable, "-m", "bat_audio_tools.cli", "embed", "sounds/", "-o", "my-table"], cwd=folder, **environment)
-    for code in re.findall(r"```bash\n(.*?)```", LOOKING, re.DOTALL):
-        command = [sys.executable, "-m", "bat_audio_tools.cli", *code.split()[1:]]
-        printed = run(command, cwd=folder, **environment).stdout
-    assert (folder / "guitar.png").exists()
-    assert (folder / "tabla.png").exists()
-    assert len(printed.splitlines()) == 1 + 5  # of the search, the last of the commands
-
-
-def test_pretraining(shallow_clone, installed_folder):
-    """Every command of the section, with two steps."""
-    folder, environment = shallow_clone
-    environment = {**environment, "PYTHONPATH": str(installed_folder)}
-    tiny_config().save_pretrained(folder / "small")
-    short = {"--steps": "2", "--batch-size": "1", "--views": "2", "--num-workers": "0"}
-    commands = re.findall(r"^(bat-audio|accelerate launch -m bat_audio_tools.cli) (.*)$", PRETRAINING, re.MULTILINE)
-    assert len(commands) == 4
-    for program, arguments in commands:
-        words = arguments.replace("checkpoint-400000", "checkpoint-2").split()
-        if words[0] == "pretrain":
-            words = [word for i, word in enumerate(words) if not {word, words[i - 1]} & short.keys()]
-            words += [word for option in short.items() for word in option]
-        launch = ["accelerate.commands.launch", "--num_processes", "1", "-m"] if "accelerate" in program else []
-        run([sys.executable, "-m", *launch, "bat_audio_tools.cli", *words], cwd=folder, **environment)
-    teacher = load_file(folder / "my-teacher" / "model.safetensors")
-    assert teacher.keys() == load_file(folder / "my-small-encoder" / "model.safetensors").keys()
-    assert "pre-trained from [lrauch/BAT" in (folder / "my-encoder" / "README.md").read_text()
-
-
-def test_load_model_transcript(clone):
-    folder, environment = clone
-    command = re.search(r"^\.venv/bin/python (load_model\.py .*)$", README, re.MULTILINE)[1].split()
-    transcript = re.search(r"prints a line per file.*?```text\n(.*?)```", README, re.DOTALL)[1]
-    printed = run([sys.executable, *command], cwd=folder, **environment).stdout
-    for line, expected in zip(printed.splitlines(), transcript.splitlines(), strict=True):
+@pytest.mark.parametrize("clone", [2], indirect=True)
+def test_readme(clone):
+    printed = clone.run_page("README")
+    searches = [text for command, text in printed.items() if "bat-audio similar" in command]
+    assert len(searches) == 2
+    for search in searches:
+        assert len(search.splitlines()) == 1 + 5
+    for trained in ("my-probe", "my-tiny-probe", "my-model", "my-tiny-model"):
+        assert json.loads((clone.folder / trained / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
+    assert (clone.folder / "guitar.png").exists()
+    transcript = re.search(r"prints the following lines.*?```text\n(.*?)```", PAGES["README"], re.DOTALL)[1]
+    lines = next(text for command, text in printed.items() if "load_model.py" in command).splitlines()
+    for line, expected in zip(lines, transcript.splitlines(), strict=True):
         assert line.startswith(expected.removesuffix("...")), (line, expected)
 
 
+@pytest.mark.parametrize("clone", [12], indirect=True)
+def test_use(clone):
+    clone.run_page("use")
+
+
+@pytest.mark.parametrize("clone", [6], indirect=True)
+def test_embed(clone):
+    printed = clone.run_page("embed")
+    search = next(text for command, text in printed.items() if "bat-audio similar" in command)
+    assert len(search.splitlines()) == 1 + 5
+    assert (clone.folder / "guitar.png").exists()
+    assert (clone.folder / "tabla.png").exists()
+
+
+def test_train(clone):
+    clone.run_page("train")
+    for trained in ("my-probe", "my-model", "my-model-2", "my-linear", "my-events"):
+        assert json.loads((clone.folder / trained / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
+    check = "import sys; from huggingface_hub import hf_hub_download; print(hf_hub_download(*sys.argv[1:]))"
+    published = run_python(check, "me/my-model", "model.safetensors", **clone.environment).stdout.strip()
+    assert Path(published).read_bytes() == (clone.folder / "my-model" / "model.safetensors").read_bytes()
+
+
+def test_pretrain(clone, monkeypatch):
+    monkeypatch.setitem(PAGES, "pretrain", PAGES["pretrain"].replace("checkpoint-400000", "checkpoint-2"))
+    clone.run_page("pretrain")
+    teacher = load_file(clone.folder / "my-teacher" / "model.safetensors")
+    assert teacher.keys() == load_file(clone.folder / "my-small-encoder" / "model.safetensors").keys()
+    assert "pre-trained from [lrauch/BAT" in (clone.folder / "my-encoder" / "README.md").read_text()
+
+
+def test_speed(clone):
+    clone.run_page("speed")
+
+
+def test_formats(clone):
+    labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    BatForAudioClassification(BatConfig(num_hidden_layers=2, **labels)).save_pretrained(clone.folder / "my-model")
+    clone.run_page("formats")
+    converted, original = load_file(clone.folder / "bat-base" / "model.safetensors"), load_file(clone.weights)
+    assert converted.keys() == original.keys()
+    assert all(torch.equal(converted[name], original[name]) for name in original)
+
+
 def test_demo_transcript(tmp_path):
-    transcript = re.search(r"and prints\n\n```text\n(.*?)```", README, re.DOTALL)[1]
+    transcript = re.search(r"and prints\n\n```text\n(.*?)```", PAGES["README"], re.DOTALL)[1]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None}
     printed = run([sys.executable, "-m", "bat_tiny.demo"], **nowhere).stdout
     printed, transcript = (text[text.index("***") :].split() for text in (printed, transcript))
@@ -170,28 +246,33 @@ def test_demo_transcript(tmp_path):
             assert word == expected
 
 
-def test_hf_download_command(clone, tmp_path):
-    folder, environment = clone
-    command = re.search(r"^hf (download .*)$", README, re.MULTILINE)[1].split()
-    run([str(Path(sys.executable).parent / "hf"), *command], cwd=tmp_path, **environment)
-    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
 def test_memory_benchmark_runs():
-    """With one clip; the README's figures are for 32."""
+    """With one clip; the figures of docs/train.md are for 32."""
     printed = run([sys.executable, str(ROOT / "benchmarks" / "head_memory.py"), "--batch", "1", "--case", "streamed"])
     assert int(printed.stdout) >= 0
 
 
-def test_make_targets_and_extras_of_the_readme_exist():
-    for target in set(re.findall(r"(?:`|^)make (\w+)", README, re.MULTILINE)):
+def test_make_targets_and_extras_exist():
+    for target in set(re.findall(r"(?:`|^)make (\w+)", ALL_PAGES, re.MULTILINE)):
         result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     project = (ROOT / "pyproject.toml").read_text()
-    for extras in re.findall(r'pip install -e "\.\[([\w,]+)\]"', README):
-        assert all(f"\n{extra} = [" in project for extra in extras.split(","))
+    for extras in re.findall(r'"(?:\.|bat-audio)?\[([\w,]+)\]"', ALL_PAGES):
+        assert all(f"\n{extra} = [" in project for extra in extras.split(",")), extras
 
 
-def test_files_that_the_readme_names_exist():
-    for file in set(re.findall(r"examples/[\w./-]*\w", README)):
+def test_files_that_the_pages_name_exist():
+    for file in set(re.findall(r"(?:examples|benchmarks|docs)/[\w./-]*\w", ALL_PAGES)):
         assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")], ids=str)
+def test_links_lead_somewhere(page):
+    """To a file that exists, and to a heading that it has."""
+    for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target

@@ -45,7 +45,7 @@ def main():
         from bat_audio_tools.cli import app
     except ModuleNotFoundError as error:
         sys.exit(f"error: bat-audio needs more packages ({error}): pip install 'bat-audio[train]'")
-    # Transformers imports torchao wherever it is installed, for a second and with two warnings that nobody can mend. No
-    # command uses it, so it counts as not installed in this process.
+    # Transformers imports torchao where it is installed, which takes a second and prints two warnings that nobody can
+    # mend. No command uses torchao, so it counts as not installed in this process.
     sys.modules.setdefault("torchao", None)
     app(prog_name="bat-audio")

@@ -64,7 +64,7 @@ def command(function: Callable, usage_errors: tuple[type[Exception], ...], goes_
             if debug:
                 raise
             message = str(error)
-            if "in DataLoader worker process" in message:  # Its last line, behind a traceback, says what is the matter.
+            if "in DataLoader worker process" in message:  # Its last line, after a traceback, says what is wrong.
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(2 if isinstance(error, usage_errors) else 1) from error
@@ -85,7 +85,7 @@ def begin_work(doing: str):
         typer.echo(f"{doing} ...", err=True)
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # Its bars, of loading weights, would stand in logs and cut through a command's own bar.
+    disable_progress_bar()  # Transformers' bars for loading weights would fill logs and break a command's own bar.
 
 
 def print_result(**facts):
@@ -95,7 +95,7 @@ def print_result(**facts):
 
 
 def is_first_process() -> bool:
-    """Whether this is the one that speaks, of the processes that accelerate or torchrun have started."""
+    """Whether this process is the one that prints, among those that accelerate or torchrun have started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -105,7 +105,7 @@ def options_of(settings_class: type, **types) -> list[inspect.Parameter]:
     The required fields come first: the first one is the argument, and `out` is -o.
 
     Args:
-        types: those that a command line gives, of fields that take more than that in Python.
+        types: the types that the command line gives to fields which take more than that in Python.
     """
     hints = {**get_type_hints(settings_class), **types}
     parameters = []

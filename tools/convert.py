@@ -22,15 +22,15 @@ from bat_audio.modeling_bat import BatForAudioClassification, BatForAudioFrameCl
 from bat_audio_tools.folders import check_new, whole
 
 STUDENT_PREFIX = "student.encoder."
-TEACHER_PREFIX = "teacher."  # of bat-audio pretrain
+TEACHER_PREFIX = "teacher."  # Checkpoints of bat-audio pretrain have the teacher's weights under this prefix.
 HEAD_PREFIX = "head."
 HEAD_NAMES = {"fc.weight", "fc.bias", "ln.weight", "ln.bias", "block_attention", "prototype_vectors"}
-# By which of prototype_vectors and block_attention a head has.
+# A head's type is told by whether it has prototype_vectors, and whether it has block_attention.
 HEAD_TYPES = {(True, True): "cgp", (True, False): "protobin", (False, True): "linear_cgp", (False, False): "linear"}
-# Tensors whose shapes tell the config, with their number of axes.
+# The shapes of these tensors tell the config. They must have so many axes.
 ENCODER_AXES = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
 HEAD_AXES = {"head.fc.weight": 2, "head.prototype_vectors": 4}
-PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16}  # attention heads by width
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16}  # The keys are widths, the values numbers of attention heads.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -102,19 +102,19 @@ def _read_checkpoint(source: Path) -> Mapping:
     try:
         if source.suffix == ".safetensors":
             return load_file(source)
-        # The newer trainer keeps its command line: these classes only hold values.
+        # The authors' newer trainer saves its command line in objects of these classes, which only hold values.
         with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]):
             contents = torch.load(source, weights_only=True, map_location="cpu")
     except SafetensorError as error:
         raise OSError(f"{source} is not a whole safetensors file ({error}). Copy or download it again.") from error
-    except Exception as error:  # damaged and foreign files raise nearly everything
+    except Exception as error:  # Damaged and foreign files raise nearly everything.
         wanted = re.search(r"GLOBAL (\S*\w)\s", str(error))
         if isinstance(error, pickle.UnpicklingError) and wanted:
             raise ValueError(
                 f"{source} is a pickle that wants to use {wanted[1]}, which may run any code; it was refused and "
                 "nothing in it was run. Get the weights as .safetensors, or as a torch.save of plain tensors."
             ) from error
-        # torch puts its own reason behind advice to load the file unsafely.
+        # torch puts its reason after advice to load the file unsafely.
         reason = str(error.__context__ or error).partition(". ")[0].partition("\n")[0].rstrip(".")
         raise OSError(
             f"{source} cannot be read as a checkpoint ({type(error).__name__}: {reason}); nothing in it was run. Is it "
@@ -185,7 +185,7 @@ def _check_tensors(weights: dict) -> dict[str, torch.Tensor]:
     if infinite:
         raise ValueError(f"NaN or infinite values in {', '.join(infinite)}.")
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
-    # Copied, because tensors that share memory cannot be saved as safetensors.
+    # The tensors are copied, because those that share memory cannot be saved as safetensors.
     return {
         name: tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
@@ -203,7 +203,7 @@ def _complete_encoder_config(weights: dict[str, torch.Tensor], config: BatConfig
     width, mlp_width = weights["cls_token"].shape[-1], len(weights["blocks.0.mlp.fc1.weight"])
     blocks = {match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, weights) if match}
     has_layer_scale, layer_scale = _find(weights, ".ls1.s")
-    told = {  # by field: value, and what tells it
+    told = {  # Each field has its value, and what tells it.
         "hidden_size": (width, _find(weights, "cls_token")[1]),
         "patch_size": (
             list(weights["patch_embed.proj.weight"].shape[2:]),
@@ -214,7 +214,7 @@ def _complete_encoder_config(weights: dict[str, torch.Tensor], config: BatConfig
         "qkv_bias": _find(weights, ".attn.qkv.bias"),
         "use_gate": _find(weights, ".attn.gate.weight"),
         "pre_norm": _find(weights, "pre_norm.weight"),
-        # The value is only where training started from; the trained one is in the weights.
+        # The config's value is only where training started from; the trained one is in the weights.
         "init_scale_values": (1.0 if has_layer_scale else None, layer_scale),
     }
     if config is None:
@@ -245,7 +245,7 @@ def _complete_head_config(
     has_prototypes, prototypes = _find(weights, "head.prototype_vectors")
     mixes_blocks, block_attention = _find(weights, "head.block_attention")
     classes, classifier = len(weights["head.fc.weight"]), _find(weights, "head.fc.weight")[1]
-    told = {  # by field: value, and what tells it
+    told = {  # Each field has its value, and what tells it.
         "head_type": (HEAD_TYPES[has_prototypes, mixes_blocks], f"{prototypes} with {block_attention}"),
         "num_labels": (classes, classifier),
         "head_pooling": (head_pooling, "the argument head_pooling"),
@@ -257,7 +257,8 @@ def _complete_head_config(
     default = BatConfig()
 
     def is_given(field: str) -> bool:
-        field = "id2label" if field == "num_labels" else field  # two classes with names are no default
+        # Two classes are the default, but not if they have names.
+        field = "id2label" if field == "num_labels" else field
         return getattr(config, field) != getattr(default, field)
 
     given = {field: entry for field, entry in told.items() if is_given(field)}
@@ -274,11 +275,11 @@ def _complete_head_config(
             )
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    return BatConfig.from_dict(config.to_dict())  # checks the new fields
+    return BatConfig.from_dict(config.to_dict())  # This checks the new fields.
 
 
 def _refuse(config: BatConfig, disagreements: dict[str, tuple]):
-    """Raise a ValueError if there are disagreements, by field: value, and what tells it."""
+    """Raise a ValueError if there are disagreements: for each field its value, and what tells it."""
     lines = [
         f"\n  {field}={getattr(config, field)!r}, but {origin} says {value!r}"
         for field, (value, origin) in disagreements.items()
@@ -303,7 +304,7 @@ def _build_model(model_class: type[BatModel], config: BatConfig, weights: dict[s
         weights = {name if name.startswith(HEAD_PREFIX) else prefix + name: weights[name] for name in weights}
     try:
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:  # lists what is missing, unexpected or misshapen
+    except RuntimeError as error:  # Its message lists what is missing, unexpected or misshapen.
         raise ValueError(str(error)) from error
     return model
 

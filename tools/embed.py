@@ -1,7 +1,8 @@
 """From a pile of recordings to a table of embeddings: `bat-audio embed`.
 
-The stages: list the recordings and cut the list into units (`embed_inputs`), decode them into windows (`embed_decode`),
-encode these in batches of one length, and write a shard for each unit (`embed_table`). An engine says where they run.
+The stages: list the recordings and cut the list into units (`sounds.listing`), decode them into windows
+(`embedding.windows`), encode these in batches of one length (`embedding.encoder`), and write a shard for each unit
+(`embedding.table`). An engine says where they run.
 
 What the table holds depends on settings, inputs and the kind of device, but not on the engine, on the number of
 processes, or on where an earlier run was stopped: units are fixed beforehand, and batches are formed in each by itself.
@@ -40,7 +41,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def describe(settings: EmbedSettings, weights: Path, config: BatConfig, inputs: dict) -> dict:
     """What metadata.json says, so that a table can be traced and continued."""
-    # The Hub's cache keeps models--namespace--name/snapshots/commit/model.safetensors.
+    # In the Hub's cache, a path ends in models--namespace--name/snapshots/commit/model.safetensors.
     repository = re.fullmatch(r"models--(.+)--(.+)", weights.parent.parent.parent.name)
     device, dtype = compute_on(settings)
     packages = {"bat_audio": "bat-audio", "torch": "torch", "transformers": "transformers"}
@@ -57,12 +58,13 @@ def describe(settings: EmbedSettings, weights: Path, config: BatConfig, inputs: 
 
 
 def _config_names() -> list[str]:
-    """Of BAT's own settings, without those that Transformers adds, which differ between its versions."""
+    """The names of BAT's own settings, without those that Transformers adds, which differ between its versions."""
     parameters = inspect.signature(BatConfig.__init__).parameters.values()
     return [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD and item.name != "self"]
 
 
-# Of metadata.json; the digest of the weights decides on the checkpoint.
+# These fields of metadata.json may change when a run goes on. That the checkpoint is the same is told by the digest of
+# its weights.
 MAY_CHANGE = {"checkpoint", "commit", "device", "versions.torch", "versions.transformers"}
 
 
@@ -75,9 +77,10 @@ def begin(settings: EmbedSettings, table: Table, sources: list, dataset: tuple |
         OSError: there are no weights, or the folder cannot be written.
     """
     weights, config = encoder_config(settings)
-    Cut.of(settings, config)  # refuses windows that are too short
+    Cut.of(settings, config)  # This raises a ValueError for windows that are too short.
     table.prepare()
-    goes_on = table.exists("metadata.json") and bool(table.finished_units())  # else nothing would be lost
+    # A table without shards is begun anew, because nothing is lost by that.
+    goes_on = table.exists("metadata.json") and bool(table.finished_units())
     stored = table.read_json("metadata.json") if goes_on else {}
     if settings.stored_inputs:
         if not goes_on:
@@ -87,12 +90,13 @@ def begin(settings: EmbedSettings, table: Table, sources: list, dataset: tuple |
             )
         inputs = stored["inputs"]
     else:
-        # The first plan stays: a file may have another size since then, and the units other limits.
+        # The first plan stays, because a file may have another size by now, which could change the limits of the units.
         with open(os.devnull, "wb") if goes_on else table.write("inputs.parquet") as file:
             inputs = write_plan(list_inputs(sources, dataset), file, settings.shard_size)
         inputs["folder"] = os.getcwd() if dataset is None and any(map(_is_relative, sources)) else None
     inputs["fingerprint"] = None if dataset is None else dataset[0]._fingerprint
-    metadata = json.loads(json.dumps(describe(settings, weights, config, inputs)))  # as it will be read
+    # Writing it as JSON and reading it makes it comparable with what is stored.
+    metadata = json.loads(json.dumps(describe(settings, weights, config, inputs)))
     if not goes_on:
         table.write_json("metadata.json", metadata)
         return
@@ -126,10 +130,11 @@ class Progress:
 
     def __init__(self, num_inputs: int, done: int):
         self.clips, self.seconds, self.failed = 0, 0.0, 0
-        every = 0.5 if sys.stderr.isatty() else 30.0  # s; a log is not to be filled with bars
+        # The bar is drawn again after so many seconds, and seldom in a log, which it would fill.
+        every = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=num_inputs, initial=done, unit="file", mininterval=every, miniters=0)
         self.began = time.perf_counter()
-        self.lock = threading.Lock()  # the thread that writes rows reports them
+        self.lock = threading.Lock()  # The thread that writes rows reports them here too.
 
     def add(self, files: int = 0, clips: int = 0, seconds: float = 0.0, failed: int = 0):
         with self.lock:
@@ -165,7 +170,7 @@ def engine(settings: EmbedSettings) -> contextlib.AbstractContextManager[tuple[E
 
 
 def embed(settings: EmbedSettings) -> dict[str, float]:
-    """Embed recordings into a table, see `embed_table`. A run that was stopped goes on when it is repeated.
+    """Embed recordings into a table, see `embedding.table`. A run that was stopped goes on when it is repeated.
 
     Returns:
         `files`, `failed` of them, `rows` and `audio_hours` of the table; `seconds`, `clips_per_second` and
@@ -213,7 +218,7 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
                 counts = table.finish(plan.num_units)
             except BrokenRecordingError:
                 raise
-            except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, above all a lack of memory
+            except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a lack of memory.
                 done = f"{len(table.finished_units())} of {plan.num_units} shards are done"
                 raise OSError(
                     f"{table.address}: {explain(error)} ({done}; the same command goes on from there)"

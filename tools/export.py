@@ -28,12 +28,15 @@ from bat_audio_tools.folders import check_new, whole
 from bat_audio_tools.publish import load_folder
 from bat_audio_tools.settings import check_export
 
-OPSET = 18  # of ONNX; read by onnxruntime 1.14 and newer
-TOLERANCE, SMALL = 1e-3, 1e-2  # largest difference from PyTorch, as a share of the output's largest value, or of SMALL
-MIN_MEAN_COSINE, MIN_COSINE = 0.995, 0.98  # of int8 tokens with float32 ones, over all tokens and for each
-MAX_INT8_ERROR = 0.25  # of any output as int8, as a share of it; tokens of a cosine of 0.98 are off by 0.2
+OPSET = 18  # This version of ONNX's operators is read by onnxruntime 1.14 and newer.
+# An output may differ from PyTorch's by this share of its largest value, or of SMALL where that is larger.
+TOLERANCE, SMALL = 1e-3, 1e-2
+# The cosines of int8 tokens with float32 ones must reach the first value on average, and the second one each.
+MIN_MEAN_COSINE, MIN_COSINE = 0.995, 0.98
+# As int8, the error of an output may be this share of it. Tokens of a cosine of 0.98 are off by a share of 0.2.
+MAX_INT8_ERROR = 0.25
 NOTHING_WRITTEN = f"Nothing was written; try another version of torch (this is {torch.__version__}) or onnxruntime."
-ATTENTION = "bat_export"  # under which the masked attention is registered while the graph runs
+ATTENTION = "bat_export"  # The masked attention is registered under this name while the graph runs.
 
 
 class FrontEnd(nn.Module):
@@ -59,7 +62,8 @@ class FrontEnd(nn.Module):
         high = decibel.amax(dim=(1, 2), keepdim=True)
         decibel = torch.maximum(decibel, high - self.top_db)
         low = decibel.amin(dim=(1, 2), keepdim=True)
-        # Not the processor's + 1e-8: onnxruntime takes that for adding zero and leaves it out, so that silence is NaN.
+        # The processor adds 1e-8 instead, but onnxruntime takes that for adding zero and leaves it out, so that silence
+        # would become NaN.
         features = ((decibel - low) / (high - low).clamp_min(1e-8)).unsqueeze(1)
         if self.num_frames is not None:
             # Long clips are padded too: a condition on the length would tie the graph to one side of it.
@@ -93,9 +97,10 @@ class ExportGraph(nn.Module):
         patch_frames, most = config.patch_size[0], config.chunk_time_patches
         batch, _, frames, mels = features.shape
         mel_patches = config.grid_size[1]
-        # Read from tensors, because expressions of the input's shape would tie the graph to the shapes it is made from.
+        # These sizes are read from tensors, because expressions of the input's shape would tie the graph to the shape
+        # that it is made from.
         time_patches = _opaque_size(frames // patch_frames)
-        length = _opaque_size(torch.sym_min(time_patches, most), most)  # time patches of a chunk
+        length = _opaque_size(torch.sym_min(time_patches, most), most)  # A chunk has so many time patches.
         chunks = _opaque_size((time_patches + most - 1) // most)
         torch._check(chunks * length >= time_patches)
 
@@ -104,20 +109,20 @@ class ExportGraph(nn.Module):
         rows = features[:, 0, places].reshape(batch * chunks, 1, length * patch_frames, mels)
         is_patch = torch.arange(chunks * length, device=features.device) < time_patches
         is_patch = is_patch.reshape(chunks, length, 1).expand(-1, -1, mel_patches).flatten(1)
-        is_token = nn.functional.pad(is_patch, (1, 0), value=True)  # (C, S), CLS first
+        is_token = nn.functional.pad(is_patch, (1, 0), value=True)  # (C, S); CLS is the first token.
         with _masked_attention(config, is_token.repeat(batch, 1)[:, None, None]):
-            mix_patches = None if self.head is None else self.head.mix_patches
-            (tokens,), _, cls_tokens, patch_mix = self.encoder._encode_pass(rows, False, False, mix_patches)
+            whole = self.encoder.encode_chunks(rows, mix_patches=None if self.head is None else self.head.mix_patches)
 
-        cls = tokens[:, 0].unflatten(0, (batch, chunks)).mean(dim=1)  # (B, D)
-        patches = tokens[:, 1:].unflatten(0, (batch, chunks)).flatten(1, 2)[:, : time_patches * mel_patches]
+        tokens, patch_mix = whole.layers[-1].unflatten(0, (batch, chunks)), whole.patch_mix  # (B, C, S, D)
+        cls = tokens[:, :, 0].mean(dim=1)  # (B, D)
+        patches = tokens[:, :, 1:].flatten(1, 2)[:, : time_patches * mel_patches]
         outputs = {"last_hidden_state": torch.cat([cls[:, None], patches], dim=1), "pooler_output": cls}
         if self.head is None:
             return outputs
         if patch_mix is not None:  # (B*C, D, t', f') -> (B, D, t, f')
             patch_mix = patch_mix.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :time_patches]
-        cls_mix = self.head.mix_cls(cls_tokens.unflatten(1, (batch, chunks)).mean(dim=2))
-        return {"logits": self.head.classify(cls_mix, patch_mix), **outputs}
+        cls_tokens = whole.cls_tokens.unflatten(0, (batch, chunks)).mean(dim=1)  # (B, L, D)
+        return {"logits": self.head.classify(self.head.mix_cls(cls_tokens.transpose(0, 1)), patch_mix), **outputs}
 
 
 def _opaque_size(size: int, most: int | None = None) -> int:
@@ -204,7 +209,7 @@ def export(
     if from_waveform:
         extractor = BatFeatureExtractor.from_model_config(model.config)
         extractor.num_frames = num_frames
-        processor = extractor.processor  # refuses a wrong num_frames
+        processor = extractor.processor  # This raises a ValueError for a wrong num_frames.
     checks = _make_checks(model, processor)
     with whole(out) as partial, _quiet():
         graph = partial.with_name(f"float32-{out.name}") if int8 else partial
@@ -310,7 +315,7 @@ def _trace(model: BatPreTrainedModel, processor: BatAudioProcessor | None) -> to
         axes = {0: Dim("batch"), 2: Dim("frames", min=config.patch_size[0])}
     else:
         axes = {0: Dim("batch"), 1: Dim("samples", min=processor.n_fft // 2 + 1)}
-    # Two clips a little longer than a chunk: a single one would be taken for a fixed batch of 1.
+    # The example is two clips a little longer than a chunk. A single clip would be taken for a fixed batch of 1.
     example = _make_input(model, processor, 2, (config.chunk_time_patches + 1) * config.patch_size[0])
     with torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=(axes,), strict=False)
@@ -342,13 +347,13 @@ def _write_onnx(model: BatPreTrainedModel, processor: BatAudioProcessor | None, 
 def _write_int8(model: BatPreTrainedModel, float32: Path, path: Path) -> Callable:
     """Quantise the Linear layers of the blocks, but the very last, in an ONNX file; returns what runs the new file.
 
-    A ValueError if the very last is not there exactly once.
+    Raises a ValueError if the very last one is not there exactly once.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # Products of two activations have no weights; the front end and the heads stay in float32, and so does the last
-    # product of the last block, which rounds right into the output.
+    # Only products with weights are quantised, not those of two activations. The front end and the heads stay in
+    # float32, and so does the last product of the last block, whose rounding would go right into the output.
     graph = onnx.load(float32).graph
     weights = {tensor.name for tensor in graph.initializer}
     linears = {
@@ -363,8 +368,9 @@ def _write_int8(model: BatPreTrainedModel, float32: Path, path: Path) -> Callabl
         for name, modules in linears.items()
         if any(module.startswith("encoder.blocks.") for module in modules) and last not in modules
     ]
-    # Unsigned weights: CPUs without VNNI add products of signed ones in 16 bits, which overflow unless of 7 bits.
-    # That is a little faster but coarser: for one encoder's tokens a mean cosine of 0.987 instead of 0.997.
+    # The weights are unsigned, because CPUs without VNNI add products of signed ones in 16 bits, which overflow unless
+    # the weights have only 7 bits. With 7 bits the model is a little faster but coarser: for one encoder's tokens the
+    # mean cosine was 0.987 instead of 0.997.
     quantize_dynamic(float32, path, nodes_to_quantize=quantised, per_channel=True, weight_type=QuantType.QUInt8)
     return _onnx_runner(path)
 
@@ -374,7 +380,7 @@ def _module_names(node) -> list[str]:
     return [
         name
         for entry in node.metadata_props
-        if entry.key.endswith("name_scopes")  # a list of names as Python writes it
+        if entry.key.endswith("name_scopes")  # Its value is a list of names as Python writes it.
         for name in ast.literal_eval(entry.value)
     ]
 
@@ -430,7 +436,7 @@ def _compare(checks: list[tuple[torch.Tensor, dict]], run: Callable) -> dict[str
     for name, found, expected in _outputs(checks, run):
         limit = TOLERANCE * max(SMALL, expected.abs().max().item())
         difference = (found - expected).abs().max().item()
-        if not difference <= limit:  # NaN is no less either
+        if not difference <= limit:  # This holds for NaN too.
             raise ValueError(
                 f"The exported graph computes something else than the PyTorch model: {name} {tuple(expected.shape)} "
                 f"differs by {difference:.2g}, more than {limit:.2g}. {NOTHING_WRITTEN}"
@@ -442,8 +448,8 @@ def _compare(checks: list[tuple[torch.Tensor, dict]], run: Callable) -> dict[str
 def _compare_int8(checks: list[tuple[torch.Tensor, dict]], run: Callable) -> dict[str, float]:
     """The largest difference of each output, and mean and smallest cosine of the tokens.
 
-    A ValueError if a cosine is below its limit, or an output's root-mean-square error, as a share of the output's own
-    root mean square over all checks, above `MAX_INT8_ERROR`.
+    Raises a ValueError if a cosine is below its limit, or if an output's root-mean-square error, as a share of the
+    output's own root mean square over all checks, is above `MAX_INT8_ERROR`.
     """
     differences, cosines, squares = {}, [], defaultdict(lambda: [0.0, 0.0])
     for name, found, expected in _outputs(checks, run):

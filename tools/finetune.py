@@ -45,17 +45,19 @@ from bat_audio_tools.training.trainer import (
     training_arguments,
 )
 
-LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # a bare "proj" would hit the patch embedding too
-FEW = 0.1  # share of clips with none or several labels from which on they are no surprise
+LORA_TARGETS = r".*\.attn\.(qkv|gate|proj)"  # A bare "proj" would match the patch embedding too.
+# Clips with none or several labels are no surprise where they are at least this share of all.
+FEW = 0.1
 
 logger = logging.get_logger(__name__)
 
 
 class FinetuneTrainer(BatTrainer):
-    """With the exact validation loss."""
+    """Trainer that computes the validation loss exactly, over all clips at once."""
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        # Trainer's mean is one of batches, whose last ones may be shorter or filled up with clips of another process.
+        # Trainer's own loss is a mean over batches, the last of which may be shorter or filled up with clips of another
+        # process.
         output = super().evaluation_loop(*args, **kwargs)
         logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
         output.metrics["eval_loss"] = self.accelerator.unwrap_model(self.model).compute_loss(logits, labels).item()
@@ -88,7 +90,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     out = Path(settings.out)
     work = training_folder(out)
     for library in ("matplotlib.figure", "sklearn.metrics", *(["peft"] if settings.lora else [])):
-        require(library)  # before the training, not at its end
+        require(library)  # If it is missing, the error comes before the training, not at its end.
 
     train, validation = _read_data(settings)
     labels = label_names(train)
@@ -101,7 +103,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     transformers.set_seed(settings.seed)
     model = build_model(settings, labels, multi_label)
     checkpointing = settings.gradient_checkpointing
-    if checkpointing is None:  # otherwise all blocks' tokens would be kept for the few weights that mix them
+    # Without checkpointing, all blocks' tokens would be kept for the few weights that mix them.
+    if checkpointing is None:
         checkpointing = settings.freeze_encoder and model.head.mixes_blocks
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -126,7 +129,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
     trainer = FinetuneTrainer(
         model=_add_lora(model, settings.lora) if settings.lora else model,
         args=args,
-        train_dataset=Subset(row, range(num_items)),  # no more, so that a run resumed at its end is at its end
+        # There are no more items than the run takes, so that a run resumed at its end is at its end.
+        train_dataset=Subset(row, range(num_items)),
         eval_dataset=ClipDataset(validation, *clips, **kinds),
         compute_metrics=_frame_metrics if settings.frames else classification_metrics,
         callbacks=[EvaluateLastStep()],
@@ -168,7 +172,7 @@ def build_model(settings: FinetuneSettings, labels: list[str], multi_label: bool
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
     }
-    # A new config checks the values, and the attention goes with it.
+    # Making a new config checks the values. It gets the old one's implementation of attention.
     config = BatConfig(**{**config.to_dict(), **fields}, attn_implementation=config._attn_implementation)
     model_class = BatForAudioFrameClassification if settings.frames else BatForAudioClassification
     model = model_class(config)
@@ -199,7 +203,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _frame_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The same over all steps of all clips that have labels."""
+    """The `classification_metrics` over all steps of all clips that have labels."""
     logits, labels = (array.reshape(-1, array.shape[-1]) for array in (prediction.predictions, prediction.label_ids))
     has_label = (labels != IGNORED_LABEL).all(axis=1)
     return classification_metrics(EvalPrediction(logits[has_label], labels[has_label]))
@@ -243,7 +247,7 @@ def _training_arguments(settings: FinetuneSettings, num_clips: int, work: Path, 
         log_every=max(1, eval_every // 5),
         eval_strategy="steps",
         eval_steps=eval_every,
-        save_total_limit=2,  # the best and the last, from which even a finished run can go on
+        save_total_limit=2,  # These are the best and the last one, from which even a finished run can go on.
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,

@@ -11,7 +11,7 @@ from huggingface_hub.utils import WeakFileLock
 from huggingface_hub.utils.sha import sha_fileobj
 
 PICTURES = (".png", ".pdf", ".svg")
-LOCK_WAIT = 10  # s; the workers of a killed run hold its lock until they notice, after 5 s.
+LOCK_WAIT = 10  # Seconds to wait, because the workers of a killed run hold its lock until they notice, after 5 s.
 
 
 @contextlib.contextmanager
@@ -68,6 +68,6 @@ def check_picture(out: Path):
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as content:
         return sha_fileobj(content).hex()

@@ -47,11 +47,11 @@ def hub_id(value: Any) -> str | None:
 
 
 def public_name(value: Any) -> str:
-    """What a card may tell of a setting: of a path the last part, without the folders of one's own machine."""
+    """What a card may tell of a setting; of a path it is only the last part, not the folders around it."""
     if isinstance(value, list | tuple):
         return ", ".join(map(public_name, value))
     if not isinstance(value, str | Path | int | float | None):
-        return type(value).__name__  # such as a dataset in memory
+        return type(value).__name__  # A dataset in memory, for example, has no name of its own.
     text = str(value)
     is_path = isinstance(value, Path) or os.path.exists(text)
     if is_path or text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():

@@ -34,8 +34,8 @@ from bat_audio_tools.training.trainer import (
     training_arguments,
 )
 
-LONGEST_CLIP = 10.0  # s, of the authors' clips, which the published input of 10.24 s is zero-padded beyond
-ENCODER_FOLDER = "encoder"  # of a checkpoint, for AutoModel
+LONGEST_CLIP = 10.0  # The authors' clips last so many seconds; the published input of 10.24 s has zeros after them.
+ENCODER_FOLDER = "encoder"  # Each checkpoint has its encoder in this folder, for AutoModel.
 LOGGED = ("local_loss", "global_loss", "target_variance", "mean_target_variance", "cls_variance")
 
 
@@ -48,7 +48,7 @@ class PretrainTrainer(BatTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def train(self, *args, **kwargs):
-        self.parts = []  # of each forward pass since the last line of the log
+        self.parts = []  # It has an entry for each forward pass since the last line of the log.
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs):
@@ -71,7 +71,7 @@ class MoveTeacher(TrainerCallback):
         self.settings = settings
 
     def decay(self, step: int) -> float:
-        """Of the update after step 0, 1, ..."""
+        """The share of the teacher that its update after this step keeps; the first step is 0."""
         share = min(step / self.settings.ema_steps, 1.0)
         return (1 - share) * self.settings.ema_decay + share * self.settings.ema_final_decay
 
@@ -96,7 +96,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, float]:
     """
     out = Path(settings.out)
     work = training_folder(out)
-    require("matplotlib.figure")  # before the training, not at its end
+    require("matplotlib.figure")  # If it is missing, the error comes before the training, not at its end.
     recordings = Recordings(settings.data, settings.split)
     args = training_arguments(
         settings,
@@ -105,7 +105,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, float]:
         save_every=settings.save_every,
         log_every=min(settings.log_every, settings.steps),
         save_total_limit=settings.save_total_limit,
-        max_grad_norm=settings.max_grad_norm or math.inf,  # with 0 Transformers 4 would not log the norm
+        max_grad_norm=settings.max_grad_norm or math.inf,  # With 0, Transformers 4 would not log the norm.
         eval_strategy="no",
     )
     if settings.compile:
@@ -120,7 +120,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, float]:
     config = model.config
     clip_seconds = _clip_seconds(settings, config)
     masks = {"count": settings.views, "grid": config.grid_size, "keep": settings.keep, "block": settings.mask_block}
-    block_masks(**masks)  # what is wrong with them shows here, not in a worker
+    block_masks(**masks)  # Wrong values raise their error here, not in a worker.
     with lock(work) if args.process_index == 0 else contextlib.nullcontext():
         with args.main_process_first(local=False, desc="surveying the recordings"):
             facts = recordings.survey(work, settings.skip_broken)

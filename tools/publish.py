@@ -30,12 +30,12 @@ from bat_audio.processing_bat import BatFeatureExtractor
 from bat_audio_tools.training.card import write_card, write_encoder_card
 
 PACKAGE = Path(__file__).parent.parent
-# Beside what `save_pretrained` writes.
+# A repository gets these files of the package beside what `save_pretrained` writes.
 PACKAGE_FILES = ("load_model.py", "LICENSE")
-PICTURES = ("*.png", "plots/*.png")  # published if the card names them
-# By class, the Auto class that loads it.
+PICTURES = ("*.png", "plots/*.png")  # These files are published if the card names them.
+# The keys are the names of the model classes, the values the Auto classes that load them.
 AUTO_CLASSES = {reference.partition(".")[2]: name for name, reference in AUTO_MAP.items() if name != "AutoConfig"}
-# What Transformers would read beside or instead of the files published here.
+# Transformers would read such files beside or instead of those published here, so a repository loses them.
 STALE_FILES = (
     "model-*.safetensors",
     "model.safetensors.index.json",
@@ -46,7 +46,7 @@ STALE_FILES = (
     "processor_config.json",
 )
 
-# Runs in the fresh process, after the source of `outputs`.
+# This code runs in the fresh process, after the source of `outputs`.
 LOAD_AND_RUN = """
 import sys
 import transformers
@@ -157,7 +157,7 @@ def load_folder(folder: Path) -> BatPreTrainedModel:
         model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except SafetensorError as error:
         raise OSError(f"{folder} holds damaged weights ({error}). Copy or save them again.") from error
-    # A head that the checkpoint lacks altogether is no error to from_pretrained: it would be published untrained.
+    # from_pretrained raises no error for a head that the checkpoint lacks altogether: it would be published untrained.
     problems = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         listing = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
@@ -186,7 +186,7 @@ def _write_card(folder: Path, repository: Path, model: BatPreTrainedModel, name:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"The metadata at the top of {folder / 'README.md'} is not valid: {error}") from error
     tasks = {"BatModel": "feature-extraction", "BatForAudioClassification": "audio-classification"}
-    task = tasks.get(type(model).__name__)  # there is no pipeline for frames
+    task = tasks.get(type(model).__name__)  # Models that classify frames have no pipeline.
     for key, value in {"library_name": "transformers", "license": "mit", "pipeline_tag": task}.items():
         if value is not None and card.data.get(key) is None:
             card.data[key] = value
@@ -197,10 +197,10 @@ def _write_card(folder: Path, repository: Path, model: BatPreTrainedModel, name:
 
 def outputs(model: torch.nn.Module, extractor) -> dict[str, torch.Tensor]:
     """What two copies of a model are compared by: features of a fixed waveform and all that the model makes of them."""
-    # Copied, because matrix products of a mapped file's weights depend on where in memory they happen to lie.
+    # The model is copied, because products with weights of a mapped file depend on where in memory they happen to lie.
     model = copy.deepcopy(model)
     noise = torch.rand(2 * extractor.sampling_rate, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    waveform = noise * torch.logspace(0, -6, len(noise))  # 120 dB, more than the features keep
+    waveform = noise * torch.logspace(0, -6, len(noise))  # It fades by 120 dB, more than the features keep.
     features = extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     with torch.inference_mode():
         output = model(input_features=features, output_hidden_states=True, return_dict=True)
@@ -264,7 +264,8 @@ def upload(files: dict[str, Path], repo_id: str, private: bool, revision: str | 
         *(CommitOperationDelete(name) for name in stale),
         *(CommitOperationAdd(name, file) for name, file in sorted(files.items())),
     ]
-    # Not upload_folder, which may make several commits; parent_commit, so that nobody else's is overwritten unseen.
+    # upload_folder might make several commits, this makes one. With parent_commit it fails where somebody else has made
+    # a commit meanwhile, instead of overwriting it.
     commit = api.create_commit(
         repo_id, operations, commit_message=message, revision=revision, parent_commit=present.sha
     )
@@ -290,10 +291,10 @@ def _check_access():
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Errors of the Hub's client as one OSError."""
+    """Turn errors of the Hub's client into one OSError."""
     try:
         yield
-    except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: its wrapper around errors of large files
+    except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError wraps errors of large files.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise OSError(

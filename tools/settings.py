@@ -38,7 +38,7 @@ PRESETS = {
 }
 POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
-SEGMENT = 10.24  # s, the published encoder's input
+SEGMENT = 10.24  # The published encoder takes so many seconds at once.
 EXPORT_FORMATS = ("onnx", "pt2")
 
 
@@ -281,7 +281,7 @@ class RowSettings:
             raise ValueError(f"batch_size={self.batch_size} must be above 0.")
         if self.num_frames < 16 or self.num_frames % 16:
             raise ValueError(f"num_frames={self.num_frames} must be a positive multiple of 16.")
-        _ = self.layer_numbers  # refuses what are no numbers
+        _ = self.layer_numbers  # This raises a ValueError for what are no numbers.
 
     @property
     def layer_numbers(self) -> list[int]:

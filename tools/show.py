@@ -17,18 +17,19 @@ from transformers.audio_utils import hertz_to_mel
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
-from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
+from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio_tools.folders import check_picture, whole
 from bat_audio_tools.machine import pick_device, require
 from bat_audio_tools.sounds.reading import load_any
 
-DPI = 120  # also of what PDF and SVG hold as pixels
-OUTLINE_POINTS = 4000  # of a waveform, more than there are pixels in a row
+DPI = 120  # This counts for PDF and SVG too, which hold some parts as pixels.
+# A waveform is drawn with at most so many places, which is more than there are pixels in a row.
+OUTLINE_POINTS = 4000
 FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000, 16000)  # Hz
-# What the components 1, 2 and 3 add to grey (R, G, B): brightness, blue to yellow, green to red. So the first two stay
-# apart for red-green colour-blind eyes.
+# These are what the components 1, 2 and 3 add to grey (R, G, B): brightness, blue to yellow, and green to red. So the
+# first two can be told apart by people who cannot tell red from green.
 COMPONENT_COLOURS = np.array([[0.30, 0.30, 0.30], [0.18, 0.18, -0.36], [0.24, -0.24, 0.0]])
-FULL_COLOUR = 0.98  # share of the patches whose colours are not cut off
+FULL_COLOUR = 0.98  # This share of the patches has colours that are not cut off.
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ def look(model: BatModel, waveform: torch.Tensor, block: int) -> View:
     config = model.config
     patch_frames = config.patch_size[0]
     processor = BatFeatureExtractor.from_model_config(config).processor
-    num_patches = -(-len(waveform) // (patch_frames * config.hop_length))
-    features = fit_frames(processor.log_mel(waveform), num_patches * patch_frames)
+    features = fit_frames(processor.log_mel(waveform), processor.num_patches(len(waveform)) * PATCH_FRAMES)
     tokens, attention = [], []
-    # Chunk by chunk, as the model cuts a long input too: the attention weights of all chunks would not fit in memory.
+    # The recording is encoded chunk by chunk, as the model cuts a long input too, because the attention weights of all
+    # chunks together would not fit in memory.
     for chunk in features.to(model.device).split(config.chunk_time_patches * patch_frames, dim=2):
         output = model(chunk, output_attentions=True)
         tokens.append(output.last_hidden_state[0, 1:].float().cpu())
@@ -84,16 +85,17 @@ def principal_components(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor
     Every axis points to where its entry of the largest magnitude is positive, so that equal tokens give equal signs.
     """
     centred = (tokens - tokens.mean(dim=0)).double()
-    variances, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order; exact, unlike torch.pca_lowrank
+    # The variances come in rising order. They are exact, unlike those of torch.pca_lowrank.
+    variances, axes = torch.linalg.eigh(centred.T @ centred)
     variances, axes = variances.flip(0), axes.flip(1)[:, :count]
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     return (centred @ axes).float(), (variances / variances.sum())[:count].float()
 
 
 def outline(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where to put which samples so that a line through them looks like all (samples,).
+    """Places and samples of a line that looks like one through all samples (samples,).
 
-    The lowest and the highest of every few samples, in turn: a line through millions takes minutes to draw.
+    It takes the lowest and the highest of every few samples in turn; a line through millions takes minutes to draw.
     """
     step = -(-len(waveform) // OUTLINE_POINTS)
     high = nn.functional.max_pool1d(waveform[None], step, ceil_mode=True)[0]
@@ -123,7 +125,7 @@ def draw(
         heads: each in a panel of its own, from 1; None for the mean of all in one.
         start: what time the recording begins at, in seconds.
     """
-    figure_module = require("matplotlib.figure")  # without pyplot: no windows and no state
+    figure_module = require("matplotlib.figure")  # Without pyplot there are no windows and no global state.
     maps = {f"head {head}": view.attention[head - 1] for head in heads or ()}
     maps = maps or {f"mean of {len(view.attention)} heads": view.attention.mean(dim=0)}
     heights = [0.7, *[1.0] * (2 + len(maps))]
@@ -131,7 +133,8 @@ def draw(
     axes = figure.subplots(len(heights), 2, width_ratios=(1, 0.06), height_ratios=heights)
     panels, keys = axes[:, 0], axes[:, 1]
 
-    # A frame is drawn around its centre. The bands fill the scale from end to end, which moves none by more than half.
+    # A frame is drawn around its centre. The mel bands fill the scale from end to end, which moves none of them by more
+    # than half a band.
     hop = config.hop_length / config.sample_rate  # s
     low, high = hertz_to_mel(np.array([config.f_min, config.sample_rate / 2]), mel_scale="htk")
     extent = (start - hop / 2, start - hop / 2 + len(view.log_mel) * hop, low, high)
@@ -145,7 +148,7 @@ def draw(
 
     places, samples = outline(view.waveform)
     panels[0].plot(start + places / config.sample_rate, samples, color="#0072B2", linewidth=0.6)
-    panels[0].set_title(f"Waveform of {name}", parse_math=False)  # two $ in a name are no formula
+    panels[0].set_title(f"Waveform of {name}", parse_math=False)  # Two $ in a name are no formula.
     panels[0].set_ylabel("Amplitude")
     panels[0].grid(alpha=0.3)
     keys[0].set_axis_off()
@@ -157,7 +160,7 @@ def draw(
     explained = [f"{part:.0%}" for part in view.explained.tolist()]
     panels[2].set_title(f"Patch tokens: principal components 1, 2, 3 ({', '.join(explained)} of the variance)")
     picture(panels[2], component_colours(view.components), interpolation="nearest")
-    ramp = np.linspace(-1, 1, 65)[:, None, None] * np.eye(3)  # component k alone in column k
+    ramp = np.linspace(-1, 1, 65)[:, None, None] * np.eye(3)  # Column k shows component k alone.
     key_extent = (0.5, 3.5, -1, 1)
     keys[2].imshow(_mix_colours(ramp), extent=key_extent, origin="lower", aspect="auto", interpolation="nearest")
     keys[2].set_xticks([1, 2, 3])
@@ -213,7 +216,7 @@ def show(
     """
     out = Path(out)
     check_picture(out)
-    require("matplotlib.figure")  # before the work
+    require("matplotlib.figure")  # If it is missing, the error comes before the work.
     model = load_pretrained_encoder(pick_device(device), checkpoint=checkpoint, untrained=untrained)
     config = model.config
     block = config.num_hidden_layers if block is None else block

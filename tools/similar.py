@@ -8,7 +8,6 @@ Shapes: D width of the embeddings.
 
 import json
 import math
-import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,14 +22,15 @@ from transformers.utils import logging
 from bat_audio_tools.embedding.encoder import Encoder, encoder_config
 from bat_audio_tools.embedding.windows import Window
 from bat_audio_tools.folders import file_digest
-from bat_audio_tools.names import is_address
+from bat_audio_tools.names import check_file
 from bat_audio_tools.settings import RowSettings
 from bat_audio_tools.sounds.listing import Plan
 from bat_audio_tools.sounds.reading import Input, load_any, opened
 
-PLACE = ["id", "path", "start_s", "end_s"]  # the columns that tell which part of which recording a row is
-LONG_QUERY = 1.5  # times the table's segment, from where a whole recording is hardly comparable with its parts
-BATCH_ROWS = 4096  # read and compared at once
+PLACE = ["id", "path", "start_s", "end_s"]  # These columns tell which part of which recording a row is.
+# A recording that is longer than so many segments of the table can hardly be compared with them.
+LONG_QUERY = 1.5
+BATCH_ROWS = 4096  # So many rows are read and compared at once.
 
 logger = logging.get_logger(__name__)
 
@@ -63,16 +63,15 @@ def similar(
         OSError: no recording, table or weights.
         ImportError: soundfile or soxr is missing.
     """
-    if not is_address(str(query)) and (not os.path.exists(query) or os.path.isdir(query)):
-        raise FileNotFoundError(f"{query}: no such file; name a recording, and then the table to search.")
+    check_file(query)
     files, folder = url_to_fs(str(table))
-    _check_finished(files, folder, len(_find_shards(files, folder)))  # what is wrong shows before the work
+    _check_finished(files, folder, len(_find_shards(files, folder)))  # Problems show before the work begins.
     metadata_file = f"{folder}/metadata.json"
     try:
         metadata = json.loads(files.cat_file(metadata_file))
         named, commit, digest = metadata["checkpoint"], metadata["commit"], metadata["weights_sha256"]
         pool, num_frames = (metadata["settings"][name] for name in ("pool", "num_frames"))
-        segment = metadata["settings"].get("segment") or math.inf  # of whole recordings
+        segment = metadata["settings"].get("segment") or math.inf  # A table of whole recordings has no segment.
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{metadata_file} does not tell checkpoint, commit, digest and settings ({type(error).__name__}: {error}), "
@@ -154,7 +153,7 @@ def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
 def _check_finished(files: AbstractFileSystem, folder: str, shards: int):
     """Warn of a table that lacks shards of its plan."""
     plan = f"{folder}/inputs.parquet"
-    if not files.exists(plan):  # a folder of shards only
+    if not files.exists(plan):  # The folder has only shards.
         return
     with files.open(plan, "rb") as content:
         units = Plan(content).num_units

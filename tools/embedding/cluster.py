@@ -25,9 +25,10 @@ from bat_audio_tools.embedding.windows import BrokenRecordingError, DecodingProc
 from bat_audio_tools.folders import file_digest
 from bat_audio_tools.settings import EmbedSettings
 
-CPUS_PER_ACTOR = 4  # at most, where nothing else is asked for
-# Of an actor that was killed, by the loss of its node or by a lack of memory, which could come back for ever. Retries
-# of a unit are not limited: Ray makes them at once, and would have used them up before it knows that a node is lost.
+CPUS_PER_ACTOR = 4  # An actor gets at most so many CPUs where the settings do not say.
+# An actor that was killed, by the loss of its node or by a lack of memory, is started again so many times at most,
+# because a lack of memory could come back for ever. Retries of a unit are not limited: Ray makes them at once, and
+# would have used them up before it knows that a node is lost.
 RESTARTS = 10
 
 
@@ -45,7 +46,8 @@ class UnitEmbedder:
             os.chdir(folder)
         torch.set_num_threads(cpus)
         self.workers = settings.workers or cpus
-        self.executor = DecodingProcesses(self.workers)  # before torch has threads or a GPU
+        # The processes start before torch uses threads or a GPU, because it is not safe to fork a process that does.
+        self.executor = DecodingProcesses(self.workers)
         self.problem = None
         try:
             weights, _ = encoder_config(settings)
@@ -70,7 +72,7 @@ class UnitEmbedder:
                 raise OSError(self.problem)
             windows = self.stages.windows([unit], self.executor, self.workers)
             self.stages.write(unit, (window for _, window in windows), self.encoder, report)
-        except (OSError, RuntimeError, MemoryError) as failure:  # of which Ray would make a traceback
+        except (OSError, RuntimeError, MemoryError) as failure:  # Ray would make a traceback of these.
             error, is_broken = explain(failure), isinstance(failure, BrokenRecordingError)
         return {name: [value] for name, value in {**done, "error": error, "is_broken": is_broken}.items()}
 
@@ -109,7 +111,7 @@ def on_ray(settings: EmbedSettings) -> Iterator[tuple[EmbedSettings, Callable]]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus, most = room_for_actors(nodes, settings)
         sent = replace(settings, inputs=None)
-        if gpus:  # only there it can be told what the GPU is capable of
+        if gpus:  # Only a node with the GPU can tell what it is capable of.
             ask = ray.remote(compute_on).options(num_cpus=cpus, num_gpus=gpus)
             device, dtype = ray.get(ask.remote(sent))
         else:
@@ -125,7 +127,7 @@ def on_ray(settings: EmbedSettings) -> Iterator[tuple[EmbedSettings, Callable]]:
 
 def run_on_ray(stages: Stages, units: list[int], report: Callable, *, cpus: int, gpus: float, most: int):
     """Embed the units with at most so many actors, which have so many CPUs and GPUs each."""
-    DataContext.get_current().enable_progress_bars = False  # the run has one
+    DataContext.get_current().enable_progress_bars = False  # The run has a bar of its own.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
     out = stages.table.files.unstrip_protocol(stages.table.folder)
@@ -145,7 +147,7 @@ def run_on_ray(stages: Stages, units: list[int], report: Callable, *, cpus: int,
             weights_sha256,
         ),
     )
-    # Not by iter_rows, which reads ahead in threads: one that still did after an error and ray.shutdown would end this
+    # iter_rows would read ahead in threads. A thread that still reads after an error and ray.shutdown would end this
     # process without a word.
     for bundle in done.iter_internal_ref_bundles():
         blocks = map(BlockAccessor.for_block, ray.get(bundle.block_refs))

@@ -20,14 +20,14 @@ from bat_audio_tools.embedding.windows import BrokenRecordingError, Window
 from bat_audio_tools.machine import pick_device
 from bat_audio_tools.settings import RowSettings
 
-BUCKET_WINDOWS = 256  # A bucket holds at most so many windows,
-BUCKET_SECONDS = 1800  # and at most so many seconds of sound, unless a single recording is longer.
+BUCKET_WINDOWS = 256  # A bucket holds at most so many windows.
+BUCKET_SECONDS = 1800  # A bucket holds at most so many seconds of sound, unless a single recording is longer.
 
 
 class ClsTokens:
-    """In the place of a head: takes every block's CLS tokens (L, B, D) as they come, so that no others are kept."""
+    """A `BlockReader` that gives every block's CLS tokens (L, B, D), so that no other tokens are kept."""
 
-    mixes_blocks = False
+    block_attention = None
 
     def mix_patches(self, mix: None, layer: int, patch_tokens: torch.Tensor) -> None:
         return None
@@ -35,8 +35,8 @@ class ClsTokens:
     def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor:
         return cls_tokens
 
-    def classify(self, cls_tokens: torch.Tensor, patch_mix: None) -> torch.Tensor:
-        return cls_tokens
+    def classify(self, cls_mix: torch.Tensor, patch_mix: None) -> torch.Tensor:
+        return cls_mix
 
 
 class Encoder:
@@ -56,15 +56,11 @@ class Encoder:
         self.processor = BatFeatureExtractor.from_model_config(self.model.config).processor.to(device)
         self.settings = settings
 
-    def num_patches(self, window: Window) -> int:
-        """Time patches with sound in them; the front end centres a frame on the end too, which begins no other."""
-        return -(-len(window.samples) // (PATCH_FRAMES * self.processor.hop_length))
-
     def num_frames(self, window: Window) -> int:
-        return max(self.num_patches(window) * PATCH_FRAMES, self.settings.num_frames)
+        return max(self.processor.num_patches(len(window.samples)) * PATCH_FRAMES, self.settings.num_frames)
 
     def most_windows(self, num_frames: int) -> int:
-        """That run at once: `batch_size`, or so many longer ones as take no more memory."""
+        """The number of windows that run at once: `batch_size`, or fewer longer ones, which take no more memory."""
         return max(1, min(self.settings.batch_size, self.settings.batch_size * self._input_frames // num_frames))
 
     @property
@@ -83,7 +79,8 @@ class Encoder:
         pooled = {"cls": output.pooler_output.float()}
         if settings.tokens or "mean" in settings.pool:
             tokens = output.patch_tokens.float().mean(dim=3).transpose(1, 2)  # (B, t, D)
-            with_sound = [row[: self.num_patches(window)] for row, window in zip(tokens, windows, strict=True)]
+            lengths = [self.processor.num_patches(len(window.samples)) for window in windows]
+            with_sound = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             pooled["mean"] = torch.stack([row.mean(dim=0) for row in with_sound])
             if settings.tokens:
                 columns["tokens"] = with_sound
@@ -91,14 +88,15 @@ class Encoder:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _features(self, windows: list[Window]) -> torch.Tensor:
-        """(B, 1, T, M); windows of the same number of samples are transformed together."""
+        """The features (B, 1, T, M) of windows; those of the same number of samples are transformed together."""
         groups = defaultdict(list)
         for place, window in enumerate(windows):
             groups[len(window.samples)].append(place)
         parts = []
         for places in groups.values():
             waveforms = torch.from_numpy(np.stack([windows[place].samples for place in places]))
-            if self.device.type == "cuda":  # only from pinned memory the copy does not wait
+            # The copy to the GPU goes on in the background only if it is from pinned memory.
+            if self.device.type == "cuda":
                 waveforms = waveforms.pin_memory()
             features = self.processor.log_mel(waveforms.to(self.device, non_blocking=True))
             parts.append(fit_frames(features, self.num_frames(windows[0])))
@@ -160,7 +158,7 @@ class Bucket:
         return pa.table(columns, schema=schema)
 
     def _check_finite(self, name: str, vectors: pa.FixedSizeListArray, rows: np.ndarray):
-        """`rows` are the places of the windows that the vectors belong to."""
+        """Raise a BrokenRecordingError for vectors that are not finite; `rows` are the places of their windows."""
         finite = np.isfinite(vectors.flatten().to_numpy(zero_copy_only=False)).reshape(len(vectors), -1).all(axis=1)
         if finite.all():
             return

@@ -72,7 +72,7 @@ class Stages:
             shard.add(bucket.table(self.schema), bucket.seconds)
             report(clips=len(bucket.windows), seconds=bucket.seconds)
 
-        # A thread fetches the rows from the device and writes them, while the next ones are under way.
+        # A thread fetches the rows from the device and writes them, while the encoder computes the next ones.
         with self.table.write_shard(unit, self.schema) as shard, ThreadPoolExecutor(1) as thread:
             written = thread.submit(int)
             for bucket in buckets(unbroken(), encoder):
@@ -92,7 +92,7 @@ def run_locally(stages: Stages, units: list[int], report: Callable):
     workers = stages.settings.workers
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Before torch has threads or a GPU.
+    # The processes start before torch uses threads or a GPU, because it is not safe to fork a process that does.
     with DecodingProcesses(workers) if workers else contextlib.nullcontext() as executor:
         encoder = Encoder(stages.settings)
         for unit, windows in itertools.groupby(stages.windows(units, executor, workers), key=itemgetter(0)):

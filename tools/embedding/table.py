@@ -27,8 +27,8 @@ from bat_audio_tools.folders import lock
 
 PLACE = {"id": pa.string(), "path": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
 ERRORS = pa.schema({**PLACE, "error": pa.string()})
-PARTIAL = ".partial-"  # how the names of unfinished files begin
-FOOTER = "bat_audio"  # the key of what a shard says about itself
+PARTIAL = ".partial-"  # The names of unfinished files begin with this.
+FOOTER = "bat_audio"  # A shard's footer has under this key what the shard says about itself.
 
 
 def row_schema(width: int, pool: str, layers: list[int], frames: bool, float16: bool) -> pa.Schema:
@@ -46,8 +46,8 @@ def row_schema(width: int, pool: str, layers: list[int], frames: bool, float16: 
 
 
 def vectors_array(values: np.ndarray, kind: pa.FixedSizeListType) -> pa.Array:
-    """A column of the rows of (N, D)."""
-    with np.errstate(over="ignore"):  # values beyond float16 become infinite
+    """The rows of an array (N, D) as a column."""
+    with np.errstate(over="ignore"):  # Values beyond the range of float16 become infinite.
         values = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype())
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), kind.list_size)
 
@@ -79,7 +79,7 @@ class Table:
         return lock(Path(self.folder)) if self.is_local else contextlib.nullcontext()
 
     def other_files(self) -> list[str]:
-        """Besides what a run leaves that was killed before it wrote metadata.json."""
+        """The files that are not left by a run that was killed before it wrote metadata.json."""
         own = ("inputs.parquet", "embeddings", "lock")
         shards = [f"embeddings/{name}" for name in self.names("embeddings")]
         return [name for name in self.names() if name not in own and not name.startswith(PARTIAL)] + shards
@@ -104,7 +104,8 @@ class Table:
         try:
             with self.files.open(partial, "wb") as file:
                 yield file
-                if self.is_local:  # in the file before it has its name, even if the power fails
+                # The content is on the disk before the file has its name, even if the power fails.
+                if self.is_local:
                     file.flush()
                     os.fsync(file.fileno())
             if self.is_local:

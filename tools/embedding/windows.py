@@ -30,12 +30,14 @@ class BrokenRecordingError(OSError):
     """A recording cannot be embedded, and is not to be left out: the settings are strict, or the vectors not finite."""
 
 
-PART_SECONDS = 120  # of a long recording that are read at once; to find a place in an MP3 file takes long
-MISSING_SECONDS = 0.1  # that a decoder may give less than the header tells
-FAILED_PARTS = 3  # in a row after which a recording is given up; a damaged header may tell any length
+# A long recording is read in parts of so many seconds, because finding a place in an MP3 file takes long.
+PART_SECONDS = 120
+MISSING_SECONDS = 0.1  # A decoder may give so many seconds less than the header tells.
+# After so many parts in a row that cannot be read, a recording is given up: a damaged header may tell any length.
+FAILED_PARTS = 3
 KILLS = "Reading it kills the process, which a lack of memory may do too."
-READ_AHEAD = 4  # times the number of processes
-READ_AHEAD_BYTES = 1 << 29  # of samples that are decoded before they are asked for
+READ_AHEAD = 4  # For each process, so many recordings or parts are decoded before they are asked for.
+READ_AHEAD_BYTES = 1 << 29  # What is decoded before it is asked for should take no more bytes than this.
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Cut:
-    """How recordings are cut: into windows of `segment` samples, `hop` samples apart, or not, with None.
+    """How recordings are cut: into windows of `segment` samples, `hop` samples apart; None leaves them whole.
 
     The last window ends with the recording. It is left out where it would have fewer than `shortest` samples, too few
     for one frame, unless it is the only one.
@@ -98,7 +100,7 @@ class Cut:
         return start, min(self.samples_of(windows) / self.rate, left)
 
     def samples_of(self, windows: int) -> int:
-        """From the start of the first to the end of the last."""
+        """The number of samples from the start of the first of so many windows to the end of the last."""
         return (windows - 1) * self.hop + self.segment
 
     def broken(self, item: Input, number: int, reason: str, windows: int = 1) -> Window:
@@ -107,7 +109,7 @@ class Cut:
 
     @property
     def part_windows(self) -> int:
-        """Windows of a part of about PART_SECONDS."""
+        """The number of windows in a part of about PART_SECONDS."""
         return max(1, PART_SECONDS * self.rate // max(self.hop, 1))
 
     def parts(self, numbers: range) -> Iterator[range]:
@@ -166,7 +168,7 @@ class Found:
 
 
 def decode_first(cut: Cut, item: Input, content: bytes | None) -> Found:
-    """The first window of a recording, or where nothing tells the length its first part; a broken one says why.
+    """The first window of a recording, or its first part where nothing tells the length; a broken one says why.
 
     Args:
         content: of the sound inside a dataset.
@@ -177,8 +179,8 @@ def decode_first(cut: Cut, item: Input, content: bytes | None) -> Found:
     try:
         with opened(item.path, content) as source:
             seconds = known_seconds(source)
-    except Exception as error:  # whatever a decoder makes of a damaged file, the others go on
-        reason = decode_part(cut, item, content, first).stretches[0].error  # load_audio says more
+    except Exception as error:  # A decoder may raise anything for a damaged file; the others go on.
+        reason = decode_part(cut, item, content, first).stretches[0].error  # load_audio's message says more.
         return Found([Stretch(first, error=reason or _reason(item, error))])
     if seconds is None:
         return next(stream(cut, item, content))
@@ -196,14 +198,14 @@ def decode_first(cut: Cut, item: Input, content: bytes | None) -> Found:
 def decode_part(cut: Cut, item: Input, content: bytes | None, numbers: range) -> Found:
     """The windows of these numbers; broken ones say why."""
     if len(numbers) > 1 and cut.hop <= cut.segment:
-        with contextlib.suppress(Exception):  # one of the windows is broken, and will say why
+        with contextlib.suppress(Exception):  # If one of the windows is broken, the loop below finds which.
             return Found([_read(cut, item, content, numbers)])
     stretches = []
     for number in numbers:
         window = range(number, number + 1)
         try:
             stretches.append(_read(cut, item, content, window))
-        except Exception as error:  # as above
+        except Exception as error:  # A decoder may raise anything for a damaged file.
             stretches.append(Stretch(window, error=_reason(item, error)))
     return Found(stretches)
 
@@ -218,21 +220,22 @@ def _read(cut: Cut, item: Input, content: bytes | None, numbers: range) -> Stret
 
 
 def _reason(item: Input, error: Exception) -> str:
-    # load_audio names the file, which the table's columns do, or the type of an object that has no name.
+    # load_audio's messages begin with the file, or with the type of an object that has no name. The file is in the
+    # table's columns already.
     return re.sub(rf"^({re.escape(item.path)}|<\w+>): ", "", str(error)) or type(error).__name__
 
 
 def stream(cut: Cut, item: Input, content: bytes | None) -> Iterator[Found]:
     """The windows of a recording whose length nothing tells, decoded once from its start to its end, part by part.
 
-    What cannot be read ends it, and says why.
+    Where it cannot be read any further, the last window says why.
     """
     size = cut.part_windows
     enough = math.inf if cut.segment is None else max(cut.samples_of(size), size * cut.hop)
     pieces, held, number, error = [], 0, 0, None
 
     def windows(count: int) -> Found:
-        """Of the samples that are held; a broken window does not spoil the others."""
+        """The first windows of the samples that are held; a broken window does not spoil the others."""
         samples = np.concatenate([np.zeros(0, np.float32), *pieces])
         if cut.segment is not None:
             samples = samples[: cut.samples_of(count)]
@@ -255,11 +258,11 @@ def stream(cut: Cut, item: Input, content: bytes | None) -> Iterator[Found]:
                     yield replace(windows(size), rest=None)
                     pieces = [np.concatenate(pieces)[size * cut.hop :]]
                     number, held = number + size, len(pieces[0])
-    except Exception as failure:  # as above
+    except Exception as failure:  # A decoder may raise anything for a damaged file.
         error = _reason(item, failure)
     if error is None:
         count = cut.num_windows(number * cut.hop + held) - number
-    else:  # the last window is not whole
+    else:  # The recording broke off, so only whole windows count.
         count = 0 if cut.segment is None or held < cut.segment else (held - cut.segment) // cut.hop + 1
     found = windows(count) if count > 0 else Found([])
     if error is not None:
@@ -273,7 +276,8 @@ def stream(cut: Cut, item: Input, content: bytes | None) -> Iterator[Found]:
 class DecodingProcesses(Executor):
     """Processes for decoding, all of them started, which end with this one however it ends.
 
-    Where a recording kills its process, they begin anew. What was under way is called again, each by itself.
+    Where a recording kills its process, all of them are started anew. `result_of` makes each call that was under way
+    again, in a process of its own.
     """
 
     def __init__(self, number: int):
@@ -310,7 +314,8 @@ def result_of(future: Future, function: Callable, arguments: tuple) -> Any:
 
 
 def _begin_process():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears Ctrl-C too, and ends this one
+    # Ctrl-C reaches the main process too, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -321,7 +326,7 @@ def _end_with_parent():
 
 
 def in_own_process(function: Callable[..., Iterator], arguments: tuple) -> Iterator[Any]:
-    """What a generator yields, which runs in a process of its own and is one item ahead.
+    """The items of a generator that runs in a process of its own, one item ahead.
 
     Raises:
         BrokenExecutor: the process was killed.
@@ -353,8 +358,8 @@ def read_ahead(
 ) -> Iterator[tuple[int, tuple, Found | None]]:
     """Key, arguments and result of each task, in order.
 
-    As many as `ahead` are computed before they are asked for, but not more than READ_AHEAD_BYTES of samples, if they
-    are as large as the largest of the latest ones. The result is None where the recording kills its process.
+    Up to `ahead` results are computed before they are asked for, but no more than fit in READ_AHEAD_BYTES if all are as
+    large as the largest of the latest ones. The result is None where the recording kills its process.
     """
     if executor is None:
         yield from ((key, arguments, function(*arguments)) for key, arguments in tasks)
@@ -371,7 +376,7 @@ def read_ahead(
         return key, arguments, found
 
     def is_full() -> bool:
-        # Before the first results are there, one for each process.
+        # Before the first results show how large they are, one task for each process is enough.
         at_once = READ_AHEAD_BYTES // max(1, *sizes) if sizes else ahead // READ_AHEAD
         return len(running) >= max(1, min(ahead, at_once))
 

@@ -2,7 +2,7 @@
 
 `list_inputs` goes through them in an order that depends on their names alone. `write_plan` keeps the list in a Parquet
 file, one row group for each unit, so that neither the list nor the table of embeddings is ever in memory as a whole. To
-tell inputs that are named twice, a digest of each is: about 100 MB for a million.
+find inputs that are named twice, a digest of each is kept in memory: about 100 MB for a million.
 """
 
 import glob
@@ -38,8 +38,10 @@ from bat_audio_tools.sounds.manifests import (
 )
 from bat_audio_tools.sounds.reading import Input
 
-BYTES_PER_SECOND = 100_000  # to guess what a part of a recording takes, about FLAC of CD quality
-UNIT_BYTES = 1 << 20  # times the files of a unit: a unit of long recordings has fewer of them
+# The bytes of a part of a recording are guessed from its length, as if it were FLAC of CD quality.
+BYTES_PER_SECOND = 100_000
+# A unit is full when it has this size times the files that it may have, so one of long recordings has fewer files.
+UNIT_BYTES = 1 << 20
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -108,7 +110,7 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
 
 
 def _in_utf8(item: Input) -> Input:
-    """Parquet cannot hold other names: they are escaped, so that the recording can be listed, but not opened."""
+    """Escape a path that is not UTF-8, which Parquet cannot hold: the recording is listed, but cannot be opened."""
     try:
         item.path.encode()
     except UnicodeEncodeError:
@@ -175,7 +177,7 @@ def _warn_of_skipped(source: str, skipped: int, first: str | None):
 def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Each folder, in order, and the sizes of its files, where the listing tells them."""
     if not is_address(folder):
-        above = {folder: frozenset()}  # the folders around each one that is still to come
+        above = {folder: frozenset()}  # Each folder that is still to come has the folders around it.
         for parent, folders, names in os.walk(folder, followlinks=True):
             around = above.pop(parent) | {_identity(parent)}
             visible = sorted(name for name in folders if name[0] != ".")
@@ -199,7 +201,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _size(path: str) -> int:
-    """Of a local file; asking for each remote one would take longer than the answer is worth."""
+    """The bytes of a local file, and 0 for a remote one: asking for each would take longer than it is worth."""
     return os.path.getsize(path) if not is_address(path) and os.path.isfile(path) else 0
 
 
@@ -242,7 +244,7 @@ def _of_row(cells: dict, where: str, path: str, row: int | None = None) -> Input
 
 
 def _plain(item: Input) -> Input:
-    """The same for inputs that are the same: ./x is x."""
+    """The input with its path in a plain form, so that ./x and x are the same input."""
     if is_address(item.path) or "./" not in item.path:
         return item
     path = re.sub(r"(?<![^/])(\./+)+", "", item.path)

@@ -17,11 +17,11 @@ from huggingface_hub.errors import HTTPError
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import hub_id, is_address
 
-# Of sound files, besides the names of libsndfile's formats.
+# The names of sound files end in one of these, or in the name of a format of libsndfile.
 OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".oga", ".opus", ".sf", ".snd", ".sph"}
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
-# Of files that the ffmpeg program reads and libsndfile does not.
+# Files that the ffmpeg program reads and libsndfile does not have names that end in one of these.
 FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
 
 
@@ -38,23 +38,23 @@ class EmbeddedAudio:
 
     def open(self) -> io.BytesIO:
         file = io.BytesIO(self.dataset[self.row]["audio"]["bytes"])
-        file.name = str(self)  # stands in the errors of load_audio
+        file.name = str(self)  # The errors of load_audio begin with this name.
         return file
 
 
 def sound_suffixes() -> set[str]:
-    """How the names of files end that libsndfile reads, in small letters."""
+    """The suffixes of files that libsndfile reads, in small letters."""
     suffixes = {f".{name.lower()}" for name in require("soundfile").available_formats()} | OTHER_SUFFIXES
-    return suffixes - {".raw"}  # which has no header to tell what is in it
+    return suffixes - {".raw"}  # A .raw file has no header that tells what is in it.
 
 
 def all_sound_suffixes() -> set[str]:
-    """The same, and those of the files that the ffmpeg program reads."""
+    """The suffixes of `sound_suffixes`, and those of files that the ffmpeg program reads."""
     return sound_suffixes() | FFMPEG_SUFFIXES
 
 
 def known_suffixes() -> set[str]:
-    """The same, and those of lists of sounds."""
+    """The suffixes of `all_sound_suffixes`, and those of lists of sounds."""
     return all_sound_suffixes() | set(LIST_SUFFIXES)
 
 
@@ -66,13 +66,17 @@ def check_source(source: str):
     """
     if is_address(source) or os.path.exists(source) or glob.has_magic(source):
         return
-    # A sound or a list that is not there may have the form of a name on the Hub.
+    # The path of a missing sound or list may look like a name on the Hub, but for its suffix.
     if not hub_id(source) or Path(source).suffix.lower() in known_suffixes():
         raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
 
 
 def manifest_columns(file: str) -> list[str]:
-    """The columns of a CSV (commas, UTF-8) or Parquet file, which may be an address of fsspec; errors as below."""
+    """The columns of a CSV (commas, UTF-8) or Parquet file, which may be an address of fsspec.
+
+    Raises:
+        ValueError, OSError: as of `manifest_rows`.
+    """
     with _open_manifest(file) as manifest:
         return list(manifest.fieldnames or []) if isinstance(manifest, csv.DictReader) else manifest.schema_arrow.names
 
@@ -89,7 +93,7 @@ def manifest_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
         if isinstance(manifest, csv.DictReader):
             for cells in manifest:
                 where = f"{file}, line {manifest.line_num}"
-                if None in cells or None in cells.values():  # more or fewer cells than columns
+                if None in cells or None in cells.values():  # There are more or fewer cells than columns.
                     number = len(manifest.fieldnames)
                     raise ValueError(f"{where}: expected {number} cells as in line 1; quote cells that hold commas.")
                 yield where, cells
@@ -135,7 +139,7 @@ def load_named_dataset(source: str | Path) -> "datasets.Dataset | datasets.Datas
         return None
     try:
         return require("datasets").load_dataset(source)
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HTTPError: of the Hub's client, no OSError
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # The Hub client's HTTPError is no OSError.
         raise OSError(
             f"{source}: no such file or folder here, and no dataset of that name could be had from the Hub "
             f"({type(error).__name__}: {error})."
@@ -164,7 +168,7 @@ def choose_split(dataset, name: str, split: str | None) -> tuple["datasets.Datas
 def dataset_sounds(dataset: "datasets.Dataset", name: str) -> Iterator[str | EmbeddedAudio]:  # noqa: F821
     """The sound of each row in the column `audio`; raises a ValueError where there is none."""
     audio = without_decoding(dataset, name)
-    all_embedded = audio.flatten().data.column("audio.bytes").null_count == 0  # tells without reading them
+    all_embedded = audio.flatten().data.column("audio.bytes").null_count == 0  # This reads no sounds.
     for number in range(len(audio)):
         sound = {} if all_embedded else audio[number]["audio"] or {}
         is_embedded = all_embedded or sound.get("bytes") is not None

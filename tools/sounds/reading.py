@@ -16,8 +16,7 @@ import fsspec
 import numpy as np
 import torch
 
-from bat_audio.pipeline_bat import UNKNOWN_FORMAT
-from bat_audio.processing_bat import MIN_FILE_RATE, UNKNOWN_FRAMES, announced_frames, load_audio
+from bat_audio.processing_bat import MIN_FILE_RATE, UNKNOWN_FORMAT, UNKNOWN_FRAMES, announced_frames, load_audio
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import is_address
 
@@ -46,7 +45,8 @@ class Input:
         return None if self.row is None else sounds[self.row]["audio"]["bytes"]
 
 
-BLOCK_SECONDS = 0.5  # that are decoded at once where the length is not known; a broken end costs one such block
+# Where the length is not known, so many seconds are decoded at once, and a broken end costs one such block.
+BLOCK_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -65,11 +65,11 @@ def opened(path: str, content: bytes | None) -> Iterator[str | io.IOBase]:
 
 
 def load_any(source: str | io.IOBase, start: float, duration: float | None, rate: int) -> torch.Tensor:
-    """As `load_audio`; what libsndfile does not know (m4a, webm, ...) is read by the ffmpeg program."""
+    """Read as `load_audio` does, and with the ffmpeg program what libsndfile does not know (m4a, webm, ...)."""
     try:
         return load_audio(source, start, duration, rate)
     except ValueError as error:
-        if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # a damaged file, which is not to be repaired
+        if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # A damaged file is not for ffmpeg to repair.
             raise
         try:
             samples = np.concatenate(list(_ffmpeg_blocks(source, start, duration, rate)))
@@ -107,14 +107,15 @@ def sound_blocks(source: str | io.IOBase, start: float, duration: float | None, 
                 file = stack.enter_context(soundfile.SoundFile(endless))
         if file.samplerate < MIN_FILE_RATE:
             raise ValueError(f"its rate of {file.samplerate} Hz is too low for sound.")
-        file.seekable = lambda: False  # soundfile seeks after every read, which fails at an end that no header tells
+        # Otherwise soundfile would seek after every read, which fails at an end that no header tells.
+        file.seekable = lambda: False
         resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ")
         skip, left, is_last = round(start * rate), math.inf if duration is None else round(duration * rate), False
         while left > 0 and not is_last:
             try:
                 block = file.read(round(BLOCK_SECONDS * file.samplerate), dtype="float32", always_2d=True)
             except soundfile.LibsndfileError:
-                if not (is_mp3 and endless.is_at_end):  # an MP3 stream may break off inside a frame
+                if not (is_mp3 and endless.is_at_end):  # An MP3 stream may break off inside a frame.
                     raise
                 block = np.zeros((0, 1), np.float32)
             is_last = len(block) == 0
@@ -149,7 +150,7 @@ class EndlessFile(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         left = max(0, 64 * self.real_size - self.place)
-        if left <= 128:  # where there may be a tag, which libsndfile looks for
+        if left <= 128:  # libsndfile looks for a tag at the end, and zeros are none.
             content = bytes(min(left, len(buffer)))
         else:
             self.file.seek(self.place)
@@ -195,13 +196,13 @@ def known_seconds(source: str | io.IOBase) -> float | None:
             _quiet_decoder(),
             soundfile.SoundFile(EndlessFile(content)) as file,
         ):
-            if file.frames != frames:  # so it was estimated
+            if file.frames != frames:  # The length was only estimated.
                 return None
     return frames / rate
 
 
 def seconds_of(source: str | io.IOBase) -> float:
-    """The length, where need be as libsndfile or ffmpeg estimates it."""
+    """The length in seconds, which libsndfile or ffmpeg estimates where the header does not tell it."""
     soundfile = require("soundfile", "embed")
     try:
         with soundfile.SoundFile(source) as file:
@@ -232,13 +233,14 @@ def _ffmpeg_blocks(source: str | io.IOBase, start: float, duration: float | None
 def _run_on_file(command: list[str], source: str | io.IOBase, options: Iterable[str] = ()) -> Iterator[bytes]:
     """What a program of ffmpeg prints about a file, in blocks, or a ValueError with the reason."""
     with contextlib.ExitStack() as stack:
-        if not isinstance(source, str):  # ffmpeg has to seek in some formats
+        if not isinstance(source, str):  # ffmpeg gets a copy, because it has to seek in some formats.
             copy = stack.enter_context(tempfile.NamedTemporaryFile())
             source.seek(0)
             shutil.copyfileobj(source, copy)
             copy.flush()
             source = copy.name
-        quiet = ["-v", "error", "-protocol_whitelist", "file"]  # a playlist in the file must not reach for the network
+        # A playlist in the file must not reach for the network.
+        quiet = ["-v", "error", "-protocol_whitelist", "file"]
         said = stack.enter_context(tempfile.TemporaryFile())
         try:
             process = subprocess.Popen(
@@ -250,7 +252,7 @@ def _run_on_file(command: list[str], source: str | io.IOBase, options: Iterable[
             try:
                 while content := process.stdout.read(1 << 20):
                     yield content
-            except BaseException:  # above all a GeneratorExit, when no more is wanted
+            except BaseException:  # This is most often a GeneratorExit, when no more is wanted.
                 process.kill()
                 raise
         if process.returncode:

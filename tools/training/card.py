@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from bat_audio.modeling_bat import BatForClassification, BatModel
 from bat_audio_tools.names import hub_id, one_line, public_name
 
-LISTED_CLASSES = 10  # named in the text; more go into a list that unfolds
+# A card's text names so many classes. Where there are more, a table that unfolds has all of them.
+LISTED_CLASSES = 10
 LOSS_PLOT = "plots/loss.png"
 PRETRAINING_PLOT = "plots/pretraining.png"
 BLOCKS_PLOT = "plots/block_weights.png"
@@ -26,7 +27,7 @@ CAPTIONS = {
 }
 METRIC_NAMES = {"loss": "Loss", "accuracy": "Accuracy", "map": "mAP", "f1": "F1"}
 EFFORT = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# These are Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 HEADS = {
     "linear": "a linear layer on the last block's {pooled}",
@@ -89,7 +90,8 @@ def write_encoder_card(
 ) -> Path:
     """Write README.md for a saved encoder and return its path.
 
-    The card says what the model itself shows and, of its pre-training, what is given here; of paths the last part.
+    The card says what the model itself shows, and what is given here of its pre-training. Of paths it shows the last
+    part alone.
 
     Args:
         folder: where `model.save_pretrained` has saved the model. Its README.md is replaced.
@@ -179,7 +181,7 @@ def write_card(
     if model.head.block_attention is not None:
         figures[BLOCKS_PLOT] = block_weights_figure(model.head.block_attention)
     metadata = _metadata(name, base_model, dataset, evaluation, metrics)
-    if model.head.per_frame:  # the Hub would print a pipeline call that fails
+    if model.head.per_frame:  # For this kind of model, the Hub would show a pipeline call that fails.
         metadata.pipeline_tag = None
     checkpoints = len({entry["step"] for entry in log_history or () if "eval_loss" in entry})
     measured = _measured(evaluation, checkpoints)
@@ -204,7 +206,8 @@ def loss_figure(log_history: Sequence[Mapping[str, float]]) -> "matplotlib.figur
     """
     curves = {}
     for entry in log_history:
-        if "train_runtime" in entry:  # the end; what is evaluated later is the best model, whatever step it is from
+        # The training ended here. What is evaluated later is the best model, whatever step it is from.
+        if "train_runtime" in entry:
             break
         for key, value in entry.items():
             if key == "loss" or (key.startswith("eval_") and key.removeprefix("eval_") not in EFFORT):
@@ -265,14 +268,14 @@ def block_weights_figure(block_attention: torch.Tensor) -> "matplotlib.figure.Fi
     axis.set_xticks(blocks)
     axis.set_xlabel("Block of the encoder (1 is next to the input)")
     axis.set_ylabel("Weight (all add up to 1)")
-    axis.set_ylim(0, 1.2 * max(weights))  # leaves room for the legend
+    axis.set_ylim(0, 1.2 * max(weights))  # This leaves room for the legend.
     axis.legend(frameon=False)
     return figure
 
 
 def _figure(panels: int):
     try:
-        from matplotlib.figure import Figure  # without pyplot: no windows and no state
+        from matplotlib.figure import Figure  # Without pyplot there are no windows and no global state.
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "bat-audio[train]"') from error
     figure = Figure(figsize=(7, 0.6 + 2.6 * panels), layout="constrained")
@@ -293,7 +296,7 @@ def _metric_name(key: str) -> str:
 
 
 def _measured(evaluation: str | None, checkpoints: int) -> str:
-    """On what the metrics were measured, and what that is worth."""
+    """Say what data the metrics were measured on, and whether the same data chose the model."""
     if evaluation is None:
         return "Measured on data that this card does not name."
     chosen = (
@@ -310,7 +313,7 @@ def _metadata(
     evaluation: str | None,
     metrics: dict[str, float],
 ) -> ModelCardData:
-    evaluated_on = "unknown" if evaluation is None else public_name(evaluation)  # the Hub wants a name
+    evaluated_on = "unknown" if evaluation is None else public_name(evaluation)  # The Hub requires a name.
     results = [
         EvalResult(
             task_type="audio-classification",

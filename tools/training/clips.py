@@ -15,8 +15,9 @@ from bat_audio.processing_bat import PATCH_FRAMES, BatAudioProcessor, fit_frames
 from bat_audio_tools.names import some_of
 from bat_audio_tools.training.examples import Example
 
-IGNORED_STEP = -100.0  # target of the steps behind a clip's end, which the frame-wise loss leaves out
-TIME_TOLERANCE = 1e-6  # s; times that were stored as float32 are off by less
+# Steps behind a clip's end have this target, and the frame-wise loss leaves them out.
+IGNORED_STEP = -100.0
+TIME_TOLERANCE = 1e-6  # Seconds. Times that were stored as float32 are off by less.
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def frame_targets(
     edges = step * np.arange(max(num_steps, math.ceil(seconds / step)) + 1)
     targets = np.zeros((len(edges) - 1, num_labels), dtype=np.float32)
     for onset, offset, label in events:
-        covered = np.zeros(len(targets))  # seconds of each step
+        covered = np.zeros(len(targets))  # These are the seconds of each step that the event covers.
         for moved in (shift, shift - seconds):
             begin, end = max(onset + moved, 0), min(min(offset, seconds) + moved, seconds)
             covered += np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin), 0, None)
@@ -90,7 +91,7 @@ class EpochOrder:
         self.num_items = num_items
         self.seed = seed
         self.shuffle = shuffle
-        self._order = (-1, np.arange(num_items))  # an epoch and its order
+        self._order = (-1, np.arange(num_items))  # This holds the latest epoch and its order.
 
     def __getitem__(self, place: int) -> tuple[int, int]:
         """The epoch and the item at this place."""

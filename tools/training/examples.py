@@ -104,7 +104,8 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
     is_manifest = isinstance(source, str | Path)
     rows = _manifest_rows(path, frames) if is_manifest else _dataset_rows(source, name, frames, split)
 
-    clips: dict[tuple, dict] = {}  # (file, start, duration) -> its events, as the keys of a dict
+    # The keys are clips (file, start, duration). A clip's value is a dict with its events as keys, each of them once.
+    clips: dict[tuple, dict] = {}
     for where, file, cells in rows:
         clip = file, read_seconds(cells, "start", where) or 0.0, read_seconds(cells, "duration", where)
         if clip[2] == 0:
@@ -177,15 +178,19 @@ def _manifest_rows(file: Path, frames: bool) -> Iterator[tuple[str, str, dict]]:
 def _dataset_rows(
     dataset, name: str, frames: bool, split: str | None
 ) -> Iterator[tuple[str, str | EmbeddedAudio, dict]]:
-    """The same of a `datasets` dataset; an event is a row of its own."""
+    """The name, sound and cells of each row of a `datasets` dataset, in the form of `_manifest_rows`.
+
+    Every event is a row of its own.
+    """
     datasets = require("datasets")
     dataset, name = choose_split(dataset, name, split)
     columns = dataset.column_names
     target = "events" if frames else "label" if "label" in columns and "labels" not in columns else "labels"
     check_columns(columns, name, ["audio", target])
-    names = dataset.features[target]  # of the classes, where they are numbers
+    # Labels that are numbers get their names from a ClassLabel, which may lie inside other features.
+    names = dataset.features[target]
     while not (names is None or isinstance(names, datasets.ClassLabel)):
-        if isinstance(names, list):  # as datasets 3 writes lists of dicts
+        if isinstance(names, list):  # This is how datasets 3 describes lists of dicts.
             names = names[0]
         else:
             names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
@@ -193,7 +198,8 @@ def _dataset_rows(
     for number, (cells, file) in enumerate(zip(others.with_format(None), dataset_sounds(dataset, name), strict=True)):
         where = f"{name}, row {number}"
         events = (cells[target] or [{}]) if frames else [{"label": cells[target]}]
-        if isinstance(events, dict):  # a list of dicts in the form of a dict of lists
+        # A list of dicts may come in the form of a dict of lists.
+        if isinstance(events, dict):
             events = [dict(zip(events, values, strict=True)) for values in zip(*events.values(), strict=True)] or [{}]
         for event in events:
             labels = event.get("label")
@@ -244,7 +250,7 @@ def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
             with soundfile.SoundFile(example.open()) as file:
                 is_cut = announced_frames(file) > file.frames
             if is_cut:
-                example.load(processor)  # says so, if the clip reaches into what is missing
+                example.load(processor)  # This raises an error if the clip reaches into the missing part.
             if example.events:
                 last_onset = max(onset for onset, _, _ in example.events)
                 replace(example, start=example.start + last_onset, duration=window).load(processor)
@@ -252,7 +258,7 @@ def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
             message = str(error)
             return message if message.startswith(str(example.source)) else f"{example.source}: {message}"
 
-    with ThreadPool() as threads:  # hides the latency of network drives
+    with ThreadPool() as threads:  # Threads hide the latency of network drives.
         problems = list(filter(None, threads.imap(problem, examples, chunksize=64)))
     if problems:
         raise ValueError(
@@ -279,7 +285,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int = 0) 
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction} of the examples to hold out must lie between 0 and 1.")
-    counts: dict[object, Counter] = defaultdict(Counter)  # of each file the clips with each label
+    counts: dict[object, Counter] = defaultdict(Counter)  # The clips of each file are counted by their labels.
     files = [os.path.realpath(e.source) if isinstance(e.source, str) else e.source for e in examples]
     for file, example in zip(files, examples, strict=True):
         counts[file].update(example.labels or [None])
@@ -292,7 +298,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int = 0) 
             members[label].append(file)
     held, undecided, held_files, owed = Counter(), set(order), set(), 0.0
     for rare in sorted(total, key=lambda label: (total[label], label or "")):
-        # What rounding leaves over is passed on, so that many small classes together give their fraction.
+        # What rounding leaves over goes to the next label, so that many small classes together give their fraction.
         wanted = fraction * total[rare] + owed
         for file in members[rare]:
             leaves_some = all(held[label] + count < total[label] for label, count in counts[file].items())

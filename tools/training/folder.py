@@ -58,11 +58,15 @@ def last_whole_checkpoint(work: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path, clips_at_once: int) -> bool:
-    """Whether a checkpoint was not cut off by a kill or a full disk; `clips_at_once` over all of its processes."""
+    """Whether a checkpoint was not cut off by a kill or a full disk.
+
+    `clips_at_once` are the clips that all of its processes handled together in one forward pass.
+    """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    processes = clips_at_once // state["train_batch_size"]  # which may be others now
+    processes = clips_at_once // state["train_batch_size"]  # So many processes wrote it; now they may be more or fewer.
     states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))  # as torch.save writes them
+    # torch.save writes zip files, which end with their list of contents, so one that was cut off is no zip file.
+    return all(zipfile.is_zipfile(checkpoint / file) for file in ("optimizer.pt", *states))

@@ -26,8 +26,8 @@ from bat_audio_tools.sounds.reading import Input, load_any, opened, seconds_of
 from bat_audio_tools.training.clips import EpochOrder
 from bat_audio_tools.training.masked_regression import block_masks
 
-SURVEY_CHUNK = 4096  # recordings that are measured at a time
-LISTED = 3  # broken ones that a message names; a file has them all
+SURVEY_CHUNK = 4096  # So many recordings are measured at a time.
+LISTED = 3  # A message names so many broken recordings; broken.txt lists all of them.
 logger = logging.get_logger(__name__)
 
 
@@ -49,7 +49,7 @@ class Recordings:
         self._sources, self._named = sources, named
 
     def survey(self, folder: Path, skip_broken: bool) -> dict:
-        """Measure every recording by its header and write folder/recordings.parquet, unless it holds just these.
+        """Measure every recording by its header and write folder/recordings.parquet, unless it lists them already.
 
         Returns:
             `recordings` and `hours` that can be used, `broken` that cannot, and `digest` of the list.
@@ -72,7 +72,7 @@ class Recordings:
             problem = f"{facts['broken']} of {facts['broken'] + facts['recordings']} recordings cannot be read"
             first = "; ".join(facts["first_broken"])
             if not (skip_broken and facts["recordings"]):
-                table.unlink()  # the next try measures those that were mended
+                table.unlink()  # The next run measures the recordings again, some of which may be mended.
                 raise ValueError(
                     f"{problem} ({first}). {folder / 'broken.txt'} lists them: mend or remove them, or leave them out "
                     "with --skip-broken."
@@ -114,13 +114,13 @@ class Recordings:
         return facts
 
     def _seconds(self, item: Input) -> float | str:
-        """Of the part to be used, or why there is nothing."""
+        """The seconds of the part of a recording to be used, or the reason why there are none."""
         if item.problem is not None:
             return item.problem
         try:
             with opened(item.path, item.content(self.sounds)) as source:
                 seconds = seconds_of(source) - item.start
-        except Exception as error:  # whatever a decoder makes of a damaged file
+        except Exception as error:  # A decoder may raise anything for a damaged file.
             return " ".join(str(error).split()) or type(error).__name__
         if item.duration is not None:
             seconds = min(seconds, item.duration)
@@ -134,11 +134,12 @@ def _name_of(item: Input) -> bytes:
 class MaskedClips(torch.utils.data.Dataset):
     """Stretches of recordings, and the patches of them that a student sees, for a `Trainer` or `DataLoader`.
 
-    Item i is a dict of `input_features` (1, T, M) in 0..1 and `ids_keep` (V, K), see `block_masks`. An epoch has, in an
-    order of its own, a stretch of each recording for every `clip_seconds` of it, rounded, at least one, each from a
-    random place. They are rotated in time by a random shift and zero-padded to `clip_seconds` before the features are
-    made; the authors padded to the longest clip of a batch. An item depends on nothing but the seed and its place in
-    the row of epochs.
+    Item i is a dict of `input_features` (1, T, M) in 0..1 and `ids_keep` (V, K), see `block_masks`.
+
+    In every epoch a recording gives one stretch for every `clip_seconds` of its length, rounded, but at least one. Each
+    stretch is from a random place, and every epoch has them in an order of its own. They are rotated in time by a
+    random shift and zero-padded to `clip_seconds` before the features are made; the authors padded to the longest clip
+    of a batch. An item depends on nothing but the seed and its place in the row of epochs.
 
     Args:
         recordings: surveyed into `folder`.
@@ -175,7 +176,7 @@ class MaskedClips(torch.utils.data.Dataset):
         self.seed = seed
         self.skip_broken = skip_broken
         stretches = np.maximum(1, np.round(self.table["seconds"].to_numpy() / clip_seconds)).astype(np.int64)
-        self.ends = stretches.cumsum()  # the recording of stretch i is the first one with an end above i
+        self.ends = stretches.cumsum()  # Stretch i belongs to the first recording whose end is above i.
         self.order = EpochOrder(int(self.ends[-1]), seed, shuffle=True)
 
     def __len__(self) -> int:
@@ -208,7 +209,7 @@ class MaskedClips(torch.utils.data.Dataset):
         with opened(item.path, item.content(self.recordings.sounds)) as source:
             waveform = load_any(source, start, duration, rate)
         samples = round(self.clip_seconds * rate)
-        waveform = waveform[:samples]  # a header may tell too short a time
+        waveform = waveform[:samples]  # The sound may be longer than its header tells.
         if len(waveform) == 0:
             raise ValueError(f"{item.path}: holds no samples from {start} s on.")
         waveform = waveform.roll(int(generator.integers(len(waveform))))

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import BatBlock, BatModel
 
-MASK_SURPLUS = 0.07  # share of the patches that blocks would cover beyond those to keep, if they never overlapped
+# If the blocks never overlapped, they would cover the patches to keep and, beyond those, this share of all patches.
+MASK_SURPLUS = 0.07
 TARGET_EPS = 1e-6
 
 
@@ -46,7 +47,7 @@ def block_masks(
     centres = torch.randint(num_patches, (count, num_blocks), generator=generator)
     is_centre = torch.zeros(count, num_patches).scatter_(1, centres, 1.0).unflatten(1, (1, *grid))
     in_block = nn.functional.max_pool2d(is_centre, block, stride=1, padding=block // 2).flatten(1)
-    # The largest are kept: patches of blocks have 1 to 2, the others 0 to 1.
+    # The patches with the largest scores are kept: those in blocks have 1 to 2, the others 0 to 1.
     scores = in_block + torch.rand(in_block.shape, generator=generator)
     return scores.topk(num_kept).indices.sort().values
 

@@ -15,9 +15,10 @@ from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import HERE
 from bat_audio_tools.settings import FinetuneSettings, PretrainSettings
 
-FINAL_LEARNING_RATE = 1e-6  # where the cosine ends
+FINAL_LEARNING_RATE = 1e-6  # The cosine schedule ends at this learning rate.
 WITHOUT_DECAY = ("block_attention", "prototype_vectors")
-# Of the configs that some version of Transformers writes, beyond those that this one's have at once.
+# Some version of Transformers writes these fields into every config.json, though a new config of the installed version
+# may lack them.
 COMMON_FIELDS = {
     *("_commit_hash", "_name_or_path", "architectures", "attn_implementation", "auto_map", "custom_pipelines"),
     *("dtype", "torch_dtype", "model_type", "num_labels", "transformers_version", "use_cache"),
@@ -32,7 +33,7 @@ class BatTrainer(Trainer):
 
 
 def read_config(path: str | Path) -> BatConfig:
-    """Of a new encoder, from a JSON file with some fields of BatConfig.
+    """Read the config of a new encoder from a JSON file with some fields of BatConfig.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,7 +44,7 @@ def read_config(path: str | Path) -> BatConfig:
         raise FileNotFoundError(f"{path}: no such file; config (--config) is a JSON file with fields of BatConfig.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's, or of the encoding
+    except ValueError as error:  # The content is not JSON, or not even UTF-8.
         raise ValueError(f"{path} is no JSON ({error}); expected fields of BatConfig.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds {fields!r:.50}; expected an object with fields of BatConfig.")
@@ -53,7 +54,8 @@ def read_config(path: str | Path) -> BatConfig:
 
 def refuse_unknown_fields(fields: dict, path: str | Path):
     """Raise a ValueError for fields in a user's config.json that no BatConfig has: a typo would be kept silently."""
-    known = {*BatConfig.from_pretrained(HERE).to_dict(), *COMMON_FIELDS}  # the published one has fields of its own
+    # The published config.json has some fields that a new BatConfig lacks, so it is asked for them.
+    known = {*BatConfig.from_pretrained(HERE).to_dict(), *COMMON_FIELDS}
     unknown = []
     for name in sorted(fields.keys() - known):
         near = difflib.get_close_matches(name, known, n=1)
@@ -73,7 +75,8 @@ def training_arguments(
             "commas, or all or none."
         )
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if settings.bf16 is not None:  # Trainer listens to this variable too, and in Transformers 4 sets it for all runs
+    # Trainer obeys this variable too, and Transformers 4 sets it for all later runs in the process.
+    if settings.bf16 is not None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
     args = TrainingArguments(
         output_dir=str(work),
