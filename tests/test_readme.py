@@ -62,16 +62,16 @@ else:
 
 
 class Clone:
-    """A copy of the repository in `folder`, with weights of the published width and data to train on, and a Hub."""
+    """A copy of the repository in `folder`, with an encoder of this config and data to train on, and a Hub."""
 
-    def __init__(self, parent: Path, site: Path, num_hidden_layers: int):
+    def __init__(self, parent: Path, site: Path, config: BatConfig):
         self.folder, self.printed, self.weights = parent / "bat", parent / "printed.txt", parent / "model.safetensors"
         self.folder.mkdir()
         for file in SNAPSHOT_FILES:
             shutil.copy(file, self.folder)
         shutil.copytree(ROOT / "examples", self.folder / "examples")
         torch.manual_seed(0)
-        model = BatModel(BatConfig(num_hidden_layers=num_hidden_layers))
+        model = BatModel(config)
         model.save_pretrained(self.folder)
         shutil.copy(self.folder / "model.safetensors", self.weights)
         torch.save({f"student.encoder.{name}": tensor for name, tensor in model.state_dict().items()}, self.authors)
@@ -161,8 +161,8 @@ def shortened(arguments: list[str]) -> list[str]:
 
 @pytest.fixture
 def clone(request, tmp_path, installed_folder) -> Iterator[Clone]:
-    """With an encoder of two blocks, or as many as the test wants."""
-    with Clone(tmp_path, installed_folder, num_hidden_layers=getattr(request, "param", 2)) as clone:
+    """With a tiny encoder, or one of the config that the test wants."""
+    with Clone(tmp_path, installed_folder, getattr(request, "param", tiny_config())) as clone:
         yield clone
 
 
@@ -174,7 +174,7 @@ def test_readme_is_short():
     assert len(PAGES["README"].splitlines()) <= 280
 
 
-@pytest.mark.parametrize("clone", [2], indirect=True)
+@pytest.mark.parametrize("clone", [BatConfig(num_hidden_layers=2)], indirect=True)
 def test_readme(clone):
     printed = clone.run_page("README")
     searches = [text for command, text in printed.items() if "bat-audio similar" in command]
@@ -190,12 +190,12 @@ def test_readme(clone):
         assert line.startswith(expected.removesuffix("...")), (line, expected)
 
 
-@pytest.mark.parametrize("clone", [12], indirect=True)
+@pytest.mark.parametrize("clone", [BatConfig()], indirect=True)
 def test_use(clone):
     clone.run_page("use")
 
 
-@pytest.mark.parametrize("clone", [6], indirect=True)
+@pytest.mark.parametrize("clone", [BatConfig(num_hidden_layers=6)], indirect=True)
 def test_embed(clone):
     printed = clone.run_page("embed")
     search = next(text for command, text in printed.items() if "bat-audio similar" in command)
@@ -225,6 +225,7 @@ def test_speed(clone):
     clone.run_page("speed")
 
 
+@pytest.mark.parametrize("clone", [BatConfig(num_hidden_layers=2)], indirect=True)
 def test_formats(clone):
     labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
     BatForAudioClassification(BatConfig(num_hidden_layers=2, **labels)).save_pretrained(clone.folder / "my-model")
