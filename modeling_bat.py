@@ -1,8 +1,7 @@
 """BAT, the Better Audio Transformer: a self-supervised ViT-B/16 with gated attention on log-mel pictures.
 
-Paper: https://arxiv.org/abs/2602.16305 (ICML 2026).
-
-The encoder comes first, then the heads that turn its blocks' outputs into classes, for a clip or for every 160 ms.
+Paper: https://arxiv.org/abs/2602.16305 (ICML 2026). The encoder comes first, then how long inputs are cut into chunks,
+then the heads that turn its blocks' outputs into classes, for a clip or for every 160 ms.
 
 Shapes: B clips, T frames, M mel bands, D width, H heads, L blocks, C chunks; t = T/16 time patches and f = M/16 mel
 patches, so that N = t*f patch tokens; S = 1 + N tokens of one chunk, CLS first; K prototypes.
@@ -13,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,31 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_bat import BatConfig
-
-if TYPE_CHECKING:  # never run; names the file, so that Transformers copies it wherever it copies this one
-    from .pipeline_bat import BatFeatureExtractionPipeline  # noqa: F401
-
-# What config.json names, in every folder that `save_pretrained` writes.
-AUTO_MAP = {
-    "AutoConfig": "configuration_bat.BatConfig",
-    "AutoModel": "modeling_bat.BatModel",
-    "AutoModelForAudioClassification": "modeling_bat.BatForAudioClassification",
-    "AutoModelForAudioFrameClassification": "modeling_bat.BatForAudioFrameClassification",
-}
-CUSTOM_PIPELINES = {
-    "feature-extraction": {
-        "impl": "pipeline_bat.BatFeatureExtractionPipeline",
-        "pt": ["AutoModel"],
-        "type": "audio",
-    },
-    "audio-classification": {
-        "impl": "pipeline_bat.BatAudioClassificationPipeline",
-        "pt": ["AutoModelForAudioClassification"],
-        "type": "audio",
-    },
-}
-IGNORED_LABEL = -100  # as in torch's cross-entropy: no loss there
-PROTOTYPES_AT_ONCE = 1024  # compared with all patches at a time; bounds the memory of (B, N, K) cosines
 
 
 @dataclass
@@ -71,17 +45,6 @@ class BatModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def sincos_position_table(width: int, rows: int, columns: int) -> torch.Tensor:
-    """Fixed 2-D sin-cos positions of a grid flattened row by row: (rows*columns, width), float32.
-
-    The first half of the width encodes the column, the second half the row, each as [sin, cos].
-    """
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]
-    return torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], dim=1).float()
-
-
 class BatPatchEmbed(nn.Module):
     def __init__(self, config: BatConfig):
         super().__init__()
@@ -93,14 +56,7 @@ class BatPatchEmbed(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
+    module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)  # (B, H, S, S)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -131,15 +87,9 @@ class BatAttention(nn.Module):
         attention_function = eager_attention_forward
         if self.config._attn_implementation != "eager" and not output_attentions:
             attention_function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = attention_function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=None,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            is_causal=False,
+            self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout, is_causal=False
         )
         context = context.flatten(2)  # (B, S, D)
         if self.gate is not None:
@@ -226,7 +176,7 @@ class BatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         def initialize(tensor: torch.Tensor | None, fill, *args):
-            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # set on loaded weights
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # Loaded weights have it.
                 fill(tensor, *args)
 
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -244,7 +194,7 @@ class BatPreTrainedModel(PreTrainedModel):
             initialize(module.cls_token, nn.init.normal_, 0.0, 0.02)
             initialize(module.pos_embed, torch.Tensor.copy_, module.position_table())
 
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # Transformers 4
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # Only Transformers 5 has it.
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
             """As in Transformers 5: non-reentrant by default, so that blocks behind frozen embeddings get gradients."""
@@ -264,133 +214,59 @@ class BatPreTrainedModel(PreTrainedModel):
             BatFeatureExtractor.from_model_config(self.config).save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        strict: bool = True,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """As in Transformers, but a checkpoint that does not hold exactly the encoder's weights is an error.
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, strict: bool = True, **kwargs):
+        """As in Transformers, but a checkpoint that does not hold exactly the model's weights is an error.
 
         A model with a head loads from an encoder checkpoint (the head is new, and reported), and the encoder loads from
-        the checkpoint of a model whose head is named `head`. A head that the checkpoint holds only in part is an error,
-        and so is one for clips where one for frames is wanted, or the other way round.
+        the checkpoint of a model whose head is named `head`. A head that the checkpoint holds only in part is an error.
 
         Args:
             strict: False loads what fits, leaves the rest at its initial values, and only warns.
-            output_loading_info: also return the dict of missing, unexpected and misshapen weights.
-            ignore_mismatched_sizes: leave weights of another shape at their initial values.
 
         Raises:
             ValueError: weights are missing, unexpected, misshapen or of another kind of head; the message lists them.
         """
+        wants_info = kwargs.pop("output_loading_info", False)
+        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         # Mismatched sizes are let through here so that one error can list every kind of problem.
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
-        is_head_model = hasattr(model, cls.base_model_prefix)
-        heads = {name for name, _ in model.named_children()} - {cls.base_model_prefix} if is_head_model else {"head"}
-        # Transformers 4 lists the names of misshapen weights, 5 adds their shapes; both log the shapes they found.
-        misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if strict:
+            refuse_other_weights(model, info, takes_any_shape, pretrained_model_name_or_path or "given as state_dict")
+        return (model, info) if wants_info else model
 
-        def is_of_a_head(name: str) -> bool:
-            return name.partition(".")[0] in heads
-
-        # No weight of the head in the checkpoint means a new head; the encoder has no use for any head's weights.
-        head_names = {name for name in shapes if is_of_a_head(name)}
-        is_new_head = not any(map(is_of_a_head, info["unexpected_keys"])) and head_names <= set(info["missing_keys"])
-        ignores_heads = is_new_head or not is_head_model
-        problems = {
-            kind: sorted(name for name in info[f"{kind}_keys"] if not (ignores_heads and is_of_a_head(name)))
-            for kind in ("missing", "unexpected")
-        }
-        problems = {
-            **problems,
-            "misshapen": [] if ignore_mismatched_sizes else [f"{name} (expected {shapes[name]})" for name in misshapen],
-        }
-        source = pretrained_model_name_or_path or "given as state_dict"
-        others = {head.__name__ for head in BatForClassification.__subclasses__()} - {c.__name__ for c in cls.__mro__}
-        trained_in = others.intersection(model.config.architectures or ())
-        if strict and is_head_model and not is_new_head and trained_in:  # the names of their weights are the same
-            name = trained_in.pop()
-            raise ValueError(
-                f"The head of the checkpoint {source} was trained in a {name}, not in a {cls.__name__}; load it with "
-                f"{name.replace('Bat', 'AutoModel', 1)}."
-                + (" Its decode_events gives the events of a clip." if "Frame" in name else "")
-            )
-        if strict and any(problems.values()):
-            listing = "".join(f"\n  {len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v)
-            raise ValueError(
-                f"The checkpoint {source} does not hold the weights of this {cls.__name__}:{listing}\n"
-                "Is it a BAT checkpoint, and does its config.json belong to it? "
-                "from_pretrained(..., strict=False) loads what fits and leaves the rest untrained."
-            )
-        return (model, info) if output_loading_info else model
+    def find_head_problems(self, loading_info: dict) -> list[str]:
+        """Why the head of a checkpoint is not one for this model, beyond the names and shapes of its weights."""
+        return []
 
 
-class JoinedChunks:
-    """The tokens of a long input: the patches of its chunks in a row, the CLS tokens averaged over the chunks.
+class Pass(NamedTuple):
+    """What the blocks give of R rows, each a chunk of a clip; and, joined over all chunks, of an input of B clips."""
 
-    Each pass is written to its place as it comes, so that the tokens of a long input are never held twice. Nothing is
-    allocated to stay between two passes: small tensors among the freed ones would keep their memory from being reused.
-    """
-
-    def __init__(self, batch: int, num_tokens: int, num_chunks: int):
-        self.batch, self.num_tokens, self.num_chunks = batch, num_tokens, num_chunks
-        self.tokens_done, self.chunks_done, self.layers, self.cls_tokens = 1, 0, [], []
-
-    def add(self, layers: list[torch.Tensor]):
-        """The next pass, the tokens (B*C, S, D) of each layer with the chunks of each clip in a row."""
-        if self.num_chunks == 1:
-            self.layers = layers
-            return
-        if not self.layers:
-            self.layers = [tokens.new_empty(self.batch, self.num_tokens, tokens.shape[2]) for tokens in layers]
-            self.cls_tokens = [tokens.new_empty(self.batch, self.num_chunks, tokens.shape[2]) for tokens in layers]
-        chunks, patches = layers[0].shape[0] // self.batch, layers[0].shape[1] - 1
-        chunk_range = slice(self.chunks_done, self.chunks_done + chunks)
-        token_range = slice(self.tokens_done, self.tokens_done + chunks * patches)
-        for layer, cls_tokens, tokens in zip(self.layers, self.cls_tokens, layers, strict=True):
-            tokens = tokens.unflatten(0, (self.batch, chunks))  # (B, C, S, D)
-            layer[:, token_range].unflatten(1, (chunks, patches)).copy_(tokens[:, :, 1:])
-            cls_tokens[:, chunk_range] = tokens[:, :, 0]
-        self.chunks_done, self.tokens_done = chunk_range.stop, token_range.stop
-
-    def finish(self) -> tuple[torch.Tensor, ...]:
-        """The whole input's tokens (B, 1 + N, D) of each layer."""
-        for layer, cls_tokens in zip(self.layers, self.cls_tokens, strict=False):
-            layer[:, 0] = cls_tokens.mean(dim=1)
-        return tuple(self.layers)
+    layers: list[torch.Tensor]  # (R, S, D) or (B, 1 + N, D) of the last block, or of the embedding and every block
+    attentions: list[torch.Tensor]  # (R or B*C, H, S, S) of every block; empty unless they are asked for
+    cls_tokens: torch.Tensor | None  # (R or B, L, D) of every block; None without a head
+    patch_mix: torch.Tensor | None  # (R or B, D, t, f or 1), as the head mixes them; None where it mixes none
 
 
 class BatModel(BatPreTrainedModel):
     """The BAT encoder: log-mel features in, one CLS token and a picture of patch tokens out."""
 
     def __init__(self, config: BatConfig):
-        config.check_fields()  # keywords of from_pretrained are set on a config that was checked before
+        config.check_fields()  # Keywords of from_pretrained have changed it since it was checked.
         super().__init__(config)
-        time_patches, mel_patches = config.grid_size
+        width, (time_patches, mel_patches) = config.hidden_size, config.grid_size
         # Transformers' GradientCheckpointingLayer would do this per block, but cannot be imported beside a broken
         # torchaudio, which Transformers 5 loads with it.
         self.gradient_checkpointing = False
         self.patch_embed = BatPatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        pos_embed = torch.zeros(1, time_patches * mel_patches, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        pos_embed = torch.zeros(1, time_patches * mel_patches, width)
         if config.pos_trainable:
             self.pos_embed = nn.Parameter(pos_embed)
-        else:  # a buffer, because Transformers 5 unfreezes every parameter that it loads
+        else:  # Transformers 5 unfreezes every parameter that it loads, but no buffer.
             self.register_buffer("pos_embed", pos_embed)
-        self.pre_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
-        )
+        self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         last = max(config.num_hidden_layers - 1, 1)
         self.blocks = nn.ModuleList(
             BatBlock(config, drop_path_rate=config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
@@ -398,49 +274,17 @@ class BatModel(BatPreTrainedModel):
         self.post_init()
 
     def position_table(self) -> torch.Tensor:
-        """The published position table (1, t*f, D).
+        """The published table (1, t*f, D) of 2-D sin-cos positions: half of the width for the time, half for the mel.
 
         Quirk of the published weights: the table's grid is mel-major while the tokens are time-major, so row p holds
         the position of mel patch p // t and time patch p % t. The weights were trained with it.
         """
         time_patches, mel_patches = self.config.grid_size
-        return sincos_position_table(self.config.hidden_size, mel_patches, time_patches)[None]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embed.proj
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.patch_embed.proj = value
-
-    @property
-    def is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.parameters())
-
-    def _check_features(self, input_features: torch.Tensor) -> torch.Tensor:
-        """The features as (B, 1, T, M) in the model's dtype, or a ValueError that says what arrived."""
-        time_patch, mels = self.config.patch_size[0], self.config.input_shape[1]
-        expected = (
-            f"expected log-mel features as a floating-point tensor (batch, 1, frames, {mels}), (batch, frames, {mels}) "
-            f"or mel-first (batch, 1, {mels}, frames), with at least {time_patch} frames"
-        )
-        if not isinstance(input_features, torch.Tensor):
-            raise ValueError(f"BatModel got input_features of type {type(input_features).__name__}; {expected}.")
-        got = f"BatModel got input_features of shape {tuple(input_features.shape)} and {input_features.dtype}"
-        if not input_features.is_floating_point():
-            raise ValueError(f"{got}; {expected}.")
-        if input_features.ndim == 3:
-            input_features = input_features.unsqueeze(1)
-        if input_features.ndim != 4 or input_features.shape[0] == 0:
-            raise ValueError(f"{got}; {expected}.")
-        if input_features.shape[1] != 1:
-            raise ValueError(f"{got}: {input_features.shape[1]} channels instead of 1; {expected}.")
-        if input_features.shape[3] != mels and input_features.shape[2] == mels:
-            input_features = input_features.transpose(2, 3)
-        if input_features.shape[3] != mels:
-            raise ValueError(f"{got}: no axis of {mels} mel bands; {expected}.")
-        if input_features.shape[2] < time_patch:
-            raise ValueError(f"{got}: {input_features.shape[2]} frames are shorter than one patch; {expected}.")
-        return input_features.to(self.cls_token.dtype)
+        quarter = self.config.hidden_size // 4
+        omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        mel, time = torch.meshgrid(torch.arange(mel_patches), torch.arange(time_patches), indexing="ij")
+        angles = [axis.reshape(-1, 1) * omega for axis in (time, mel)]
+        return torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], dim=1).float()[None]
 
     def embed(self, input_features: torch.Tensor) -> torch.Tensor:
         """Tokens that enter the first block: (B, 1, T, M) of at most one chunk -> (B, S, D)."""
@@ -448,53 +292,20 @@ class BatModel(BatPreTrainedModel):
         tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
         return self.pre_norm(torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
-    def _limit_rows(self, rows: int, frames: int, input_features: torch.Tensor) -> int:
-        """How many of so many rows of the input, of so many frames each, to encode at a time.
-
-        All, but in inference on a CPU a clip per core: the working set stays in cache, which is faster than a whole
-        batch and takes less memory.
-        """
-        if input_features.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return rows
-        clip_frames = self.config.chunk_time_patches * self.config.patch_size[0]
-        return min(rows, max(1, torch.get_num_threads() * clip_frames // frames))
-
-    def _split_chunks(self, input_features: torch.Tensor) -> list[torch.Tensor]:
-        """Cut (B, 1, T, M) along time into passes (B*C, 1, T', M), the chunks of each clip in a row.
-
-        Whole chunks share passes of at most `max_chunks_per_pass` rows, in inference on a CPU fewer, see `_limit_rows`
-        (a clip's chunk is never split); the shorter rest of the input is a pass of its own.
-        """
-        batch, _, frames, mels = input_features.shape
-        time_patch = self.config.patch_size[0]
-        chunk_frames = self.config.chunk_time_patches * time_patch
-        whole_frames = frames - frames % chunk_frames
-        rest_frames = (frames - whole_frames) // time_patch * time_patch
-        rows = self._limit_rows(self.config.max_chunks_per_pass, chunk_frames, input_features)
-        step = max(1, rows // batch) * chunk_frames
-        passes = [
-            input_features[:, :, start : min(start + step, whole_frames)].reshape(-1, 1, chunk_frames, mels)
-            for start in range(0, whole_frames, step)
-        ]
-        if rest_frames:
-            passes.append(input_features[:, :, whole_frames : whole_frames + rest_frames])
-        return passes
-
-    def _encode_pass(
+    def encode_chunks(
         self,
         chunks: torch.Tensor,
-        output_hidden_states: bool,
-        output_attentions: bool,
-        mix_patches: Callable[[torch.Tensor | None, int, torch.Tensor], torch.Tensor | None] | None,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-        """Encode one pass (B*C, 1, T, M) and give what is asked for.
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        mix_patches: Callable[[torch.Tensor | None, int, torch.Tensor], torch.Tensor | None] | None = None,
+    ) -> Pass:
+        """Run rows (R, 1, T, M) of at most one chunk through the blocks, all at once.
 
-        The tokens of the last block, or of every layer; every block's attention weights; and, to mix the patch tokens
-        block by block as `BatHead.mix_patches` does, every block's CLS tokens (L, B*C, D) and the mix. No more than one
-        block's tokens live at a time, unless they are asked for or in the graph of a training step.
+        `mix_patches` gets the patch tokens block by block, see `BlockReader`. No more than one block's tokens live at a
+        time, unless they are asked for or in the graph of a training step.
         """
-        hidden_states = self.embed(chunks)  # (B*C, S, D)
-        all_hidden_states, all_attentions, cls_tokens, patch_mix = [], [], [], None
+        hidden_states = self.embed(chunks)  # (R, S, D)
+        all_hidden_states, attentions, cls_tokens, patch_mix = [], [], [], None
         for layer, block in enumerate(self.blocks):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
@@ -503,97 +314,13 @@ class BatModel(BatPreTrainedModel):
             else:
                 hidden_states, weights = block(hidden_states, output_attentions)
             if output_attentions:
-                all_attentions.append(weights)
+                attentions.append(weights)
             if mix_patches is not None:
-                cls_tokens.append(hidden_states[:, 0].clone())  # a view would keep all tokens of the block
+                cls_tokens.append(hidden_states[:, 0].clone())  # A view would keep all tokens of the block.
                 patch_mix = mix_patches(patch_mix, layer, self._patch_picture(hidden_states))
-        # In one piece, because small tensors all over the freed memory would keep it from being used again.
-        all_cls = torch.stack(cls_tokens) if cls_tokens else None
-        return [*all_hidden_states, hidden_states], all_attentions, all_cls, patch_mix
-
-    def _encode_in_parts(
-        self, chunks: torch.Tensor, output_hidden_states: bool, output_attentions: bool, mix_patches: Callable | None
-    ):
-        """`_encode_pass`, with no more rows at a time than `_limit_rows` lets through."""
-
-        def join(parts: tuple[list[torch.Tensor], ...]) -> list[torch.Tensor]:
-            return [torch.cat(layer) for layer in zip(*parts, strict=True)]
-
-        rows = self._limit_rows(chunks.shape[0], chunks.shape[2], chunks)
-        options = output_hidden_states, output_attentions, mix_patches
-        parts = [self._encode_pass(part, *options) for part in chunks.split(rows)]
-        if len(parts) == 1:
-            return parts[0]
-        layers, attentions, cls_tokens, patch_mixes = zip(*parts, strict=True)
-        all_cls = None if cls_tokens[0] is None else torch.cat(cls_tokens, dim=1)
-        patch_mix = None if patch_mixes[0] is None else torch.cat(patch_mixes)
-        return join(layers), join(attentions), all_cls, patch_mix
-
-    def _merge_attentions(self, passes: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
-        """Join the attention weights of all passes [(B*C, H, S, S)], the last one padded, into (B*C, H, S, S)."""
-        tokens = passes[0].shape[-1]
-        padded = [nn.functional.pad(w, (0, tokens - w.shape[-1]) * 2).unflatten(0, (batch, -1)) for w in passes]
-        return torch.cat(padded, dim=1).flatten(0, 1)
-
-    def _patch_picture(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """View tokens (B, 1 + N, D) without CLS as (B, D, t, f)."""
-        return hidden_states[:, 1:].unflatten(1, (-1, self.config.grid_size[1])).permute(0, 3, 1, 2)
-
-    def encode(
-        self,
-        input_features: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        head: "BatHead | None" = None,
-    ) -> tuple[BatModelOutput, torch.Tensor | None]:
-        """`forward` with a head that is fed block by block: also its logits, or None without a head."""
-        if (input_features is None) == (input_values is None):
-            both = "neither input_features nor" if input_features is None else "both input_features and"
-            raise ValueError(f"BatModel got {both} input_values (two names for one input); give exactly one of them.")
-        features = self._check_features(input_features if input_features is not None else input_values)
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-
-        batch = features.shape[0]
-        num_tokens = 1 + features.shape[2] // self.config.patch_size[0] * self.config.grid_size[1]
-        is_checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-        mixes_again = head is not None and is_checkpointed and self.is_frozen and not features.requires_grad
-        mix_patches = None if head is None else head.mix_patches
-        all_chunks, passes = self._split_chunks(features), []
-        joined_chunks = JoinedChunks(batch, num_tokens, sum(chunks.shape[0] for chunks in all_chunks) // batch)
-        for chunks in all_chunks:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
-                layers, attentions, cls_tokens, patch_mix = self._encode_in_parts(
-                    chunks, output_hidden_states, output_attentions, mix_patches
-                )
-            if mixes_again and head.mixes_blocks and patch_mix is not None:
-                encode_again = functools.partial(self._encode_pass, chunks, False, False)
-                patch_mix = MixingAgain.apply(patch_mix, head.block_attention, head, encode_again)
-            joined_chunks.add(layers)
-            passes.append((attentions, cls_tokens, patch_mix))
-        all_hidden_states = joined_chunks.finish()
-        last_hidden_state = all_hidden_states[-1]
-        attentions, cls_tokens, patch_mixes = zip(*passes, strict=True)  # of each pass
-        if output_attentions:
-            all_attentions = tuple(self._merge_attentions(layer, batch) for layer in zip(*attentions, strict=True))
-        output = BatModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state[:, 0],
-            patch_tokens=self._patch_picture(last_hidden_state),
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
-        )
-        if head is None:
-            return output, None
-        all_cls = torch.cat([tokens.unflatten(1, (batch, -1)) for tokens in cls_tokens], dim=2)  # (L, B, C, D)
-        whole_mix = None
-        if patch_mixes[0] is not None:  # [(B*C, D, t', f')] -> (B, D, t, f')
-            mixes = [mix.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for mix in patch_mixes]
-            whole_mix = torch.cat(mixes, dim=2)
-        return output, head.classify(head.mix_cls(all_cls.mean(dim=2)), whole_mix)
+        # They are stacked because small tensors all over the freed memory would keep it from being used again.
+        cls_tokens = torch.stack(cls_tokens, dim=1) if cls_tokens else None
+        return Pass([*all_hidden_states, hidden_states], attentions, cls_tokens, patch_mix)
 
     def forward(
         self,
@@ -620,6 +347,156 @@ class BatModel(BatPreTrainedModel):
         output, _ = self.encode(input_features, input_values, output_attentions, output_hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
+    # From here on: chunks of long inputs, and heads.
+
+    def encode(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        head: "BlockReader | None" = None,
+    ) -> tuple[BatModelOutput, torch.Tensor | None]:
+        """`forward` with a head that is fed block by block: also what its `classify` gives, or None without a head."""
+        if (input_features is None) == (input_values is None):
+            both = "neither input_features nor" if input_features is None else "both input_features and"
+            raise ValueError(f"BatModel got {both} input_values (two names for one input); give exactly one of them.")
+        features = self._check_features(input_features if input_features is not None else input_values)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        whole = self._encode_passes(features, output_hidden_states, output_attentions, head)
+        tokens = whole.layers[-1]
+        output = BatModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0],
+            patch_tokens=self._patch_picture(tokens),
+            hidden_states=tuple(whole.layers) if output_hidden_states else None,
+            attentions=tuple(whole.attentions) if output_attentions else None,
+        )
+        if head is None:
+            return output, None
+        return output, head.classify(head.mix_cls(whole.cls_tokens.transpose(0, 1)), whole.patch_mix)
+
+    def _check_features(self, input_features: torch.Tensor) -> torch.Tensor:
+        """The features as (B, 1, T, M) in the model's dtype, or a ValueError that says what arrived."""
+        time_patch, mels = self.config.patch_size[0], self.config.input_shape[1]
+        got = f"type {type(input_features).__name__}"
+        if isinstance(input_features, torch.Tensor):
+            got = f"shape {tuple(input_features.shape)} and {input_features.dtype}"
+            features = input_features.unsqueeze(1) if input_features.ndim == 3 else input_features
+            if features.ndim == 4 and features.shape[3] != mels:
+                features = features.transpose(2, 3)
+            is_usable = features.is_floating_point() and features.ndim == 4 and features.shape[0] > 0
+            if is_usable and features.shape[2] >= time_patch and features.shape[1::2] == (1, mels):
+                return features.to(self.cls_token.dtype)
+        raise ValueError(
+            f"BatModel got input_features of {got}; expected log-mel features as a floating-point tensor (batch, 1, "
+            f"frames, {mels}), (batch, frames, {mels}) or mel-first (batch, 1, {mels}, frames), with at least one clip "
+            f"and {time_patch} frames."
+        )
+
+    def _patch_picture(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """View tokens (B, 1 + N, D) without CLS as (B, D, t, f)."""
+        return hidden_states[:, 1:].unflatten(1, (-1, self.config.grid_size[1])).permute(0, 3, 1, 2)
+
+    def _passes(self, features: torch.Tensor) -> list[tuple[slice, slice]]:
+        """Which clips and which of their chunks run at once: passes of whole chunks, then of the shorter last ones.
+
+        Inference on a CPU takes at most a chunk per core, whose working set stays in cache, which is faster than a
+        whole batch and takes less memory. Elsewhere a pass has a chunk of every clip, and more if the limit allows.
+        """
+        most, batch, chunk = self.config.max_chunks_per_pass, features.shape[0], self.config.chunk_time_patches
+        if features.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            most = max(most, batch)
+        else:
+            most = min(most, torch.get_num_threads())
+        time_patches = features.shape[2] // self.config.patch_size[0]
+        passes, start, whole_chunks = [], 0, time_patches // chunk
+        while start * chunk < time_patches:
+            rows, stop = most, min(start + max(1, most // batch), whole_chunks)
+            if start == whole_chunks:
+                rows, stop = most * chunk // (time_patches - start * chunk), start + 1
+            passes += [(slice(clip, clip + rows), slice(start, stop)) for clip in range(0, batch, rows)]
+            start = stop
+        return passes
+
+    def _encode_passes(
+        self, features: torch.Tensor, output_hidden_states: bool, output_attentions: bool, head: "BlockReader | None"
+    ) -> Pass:
+        """Send features (B, 1, T, M) of any length through the blocks pass by pass, and join what these give.
+
+        Each result is written to its place in the whole as it comes, so that the tokens of a long input are never held
+        twice. Nothing else is allocated to stay between two passes: small tensors among the freed ones would keep their
+        memory from being used again.
+        """
+        batch, _, frames, mels = features.shape
+        (patch_frames, _), (_, mel_patches) = self.config.patch_size, self.config.grid_size
+        time_patches, chunk = frames // patch_frames, self.config.chunk_time_patches
+        num_chunks, num_tokens = -(-time_patches // chunk), 1 + time_patches * mel_patches
+        layers = [None] * (1 + len(self.blocks) if output_hidden_states else 1)
+        cls_of_chunks, attentions = [None] * len(layers), [None] * (len(self.blocks) if output_attentions else 0)
+        cls_tokens = patch_mix = None
+        for clips, chunks in self._passes(features):
+            times = slice(chunks.start * chunk, min(chunks.stop * chunk, time_patches))
+            by_clip = (-1, chunks.stop - chunks.start)  # (B, C), into which `unflatten` takes the rows apart
+            rows = features[clips, :, times.start * patch_frames : times.stop * patch_frames]
+            rows = rows.reshape(-1, 1, rows.shape[2] // by_clip[1], mels)  # (B*C, 1, T, M)
+            part = self._encode_rows(rows, output_hidden_states, output_attentions, head)
+            put = functools.partial(write_part, batch, clips)
+            for i, tokens in enumerate(part.layers):
+                if num_chunks == 1:
+                    layers[i] = put(layers[i], tokens, num_tokens, slice(num_tokens))
+                    continue
+                tokens = tokens.unflatten(0, by_clip)  # (B, C, S, D)
+                places = slice(1 + times.start * mel_patches, 1 + times.stop * mel_patches)
+                layers[i] = put(layers[i], tokens[:, :, 1:].flatten(1, 2), num_tokens, places)
+                cls_of_chunks[i] = put(cls_of_chunks[i], tokens[:, :, 0], num_chunks, chunks)
+            for i, weights in enumerate(part.attentions):  # Those of a shorter chunk are filled up with zeros.
+                filling = 1 + min(chunk, time_patches) * mel_patches - weights.shape[3]
+                weights = nn.functional.pad(weights, (0, filling) * 2).unflatten(0, by_clip)  # (B, C, H, S, S)
+                attentions[i] = put(attentions[i], weights, num_chunks, chunks)
+            if part.cls_tokens is not None:
+                cls_tokens = put(cls_tokens, part.cls_tokens.unflatten(0, by_clip), num_chunks, chunks)  # (B, C, L, D)
+            if part.patch_mix is not None:
+                mix = part.patch_mix.transpose(1, 2).unflatten(0, by_clip).flatten(1, 2)  # (B, t, D, f or 1)
+                patch_mix = put(patch_mix, mix, time_patches, times)
+        if num_chunks > 1:
+            for tokens, cls in zip(layers, cls_of_chunks, strict=True):
+                tokens[:, 0] = cls.mean(dim=1)
+        return Pass(
+            layers,
+            [weights.flatten(0, 1) for weights in attentions],
+            None if cls_tokens is None else cls_tokens.mean(dim=1),
+            None if patch_mix is None else patch_mix.transpose(1, 2),
+        )
+
+    def _encode_rows(
+        self, rows: torch.Tensor, output_hidden_states: bool, output_attentions: bool, head: "BlockReader | None"
+    ) -> Pass:
+        """`encode_chunks` with a head, whose mix may get its gradient from `MixingAgain`."""
+        if head is None:
+            return self.encode_chunks(rows, output_hidden_states, output_attentions)
+        mixes_again = self.gradient_checkpointing and torch.is_grad_enabled() and self.is_frozen
+        mixes_again = mixes_again and not rows.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not mixes_again):
+            part = self.encode_chunks(rows, output_hidden_states, output_attentions, head.mix_patches)
+        if not mixes_again or part.patch_mix is None or head.block_attention is None:
+            return part
+        encode_again = functools.partial(self.encode_chunks, rows)
+        return part._replace(patch_mix=MixingAgain.apply(part.patch_mix, head.block_attention, head, encode_again))
+
+    @property
+    def is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embed.proj
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.patch_embed.proj = value
+
     def forward_encoder(self, input_features: torch.Tensor) -> torch.Tensor:
         """Tokens of the last block (B, 1 + N, D), CLS first; see `forward` for the input."""
         return self(input_features, return_dict=True).last_hidden_state
@@ -633,6 +510,68 @@ class BatModel(BatPreTrainedModel):
         }
 
 
+def write_part(
+    batch: int, clips: slice, whole: torch.Tensor | None, part: torch.Tensor, length: int, place: slice
+) -> torch.Tensor:
+    """Write a part to its place, [clips, place], in a whole (batch, length, ...), and give the whole.
+
+    The whole is None at first; a part that is all of it is not copied.
+    """
+    shape = (batch, length, *part.shape[2:])
+    if part.shape == shape:
+        return part
+    whole = part.new_empty(shape) if whole is None else whole
+    whole[clips, place] = part
+    return whole
+
+
+def refuse_other_weights(model: BatPreTrainedModel, loading_info: dict, takes_any_shape: bool, source: str | Path):
+    """Raise a ValueError with a list of all that is wrong with the weights that a model was loaded from.
+
+    A head of which no weight was there is a new one, and the encoder has no use for the weights of a `head`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, unexpected = set(loading_info["missing_keys"]), set(loading_info["unexpected_keys"])
+    if model.base_model is model:
+        unexpected = {name for name in unexpected if not name.startswith("head.")}
+    else:
+        head = {name for name in shapes if not name.startswith(f"{model.base_model_prefix}.")}
+        missing -= head if head <= missing else set()
+    # Transformers 4 lists the names of misshapen weights, 5 adds their shapes; both log the shapes they found.
+    names = [entry if isinstance(entry, str) else entry[0] for entry in loading_info["mismatched_keys"]]
+    misshapen = [] if takes_any_shape else [f"{name} (expected {shapes[name]})" for name in names]
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    problems = [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
+    problems += model.find_head_problems(loading_info)
+    if problems:
+        raise ValueError(
+            f"The checkpoint {source} does not hold the weights of this {type(model).__name__}:\n  "
+            + "\n  ".join(problems)
+            + "\nIs it a BAT checkpoint, and does its config.json belong to it? "
+            "from_pretrained(..., strict=False) loads what fits and leaves the rest untrained."
+        )
+
+
+class BlockReader(Protocol):
+    """What `BatModel.encode` feeds with the output of one block after another; `BatHead` is one."""
+
+    # The one trained tensor that `mix_patches` may use, None for none. With gradient checkpointing and a frozen encoder
+    # the mix is made without a graph, and no other tensor would get its gradient.
+    block_attention: nn.Parameter | None
+
+    def mix_patches(self, mix: torch.Tensor | None, layer: int, patch_tokens: torch.Tensor) -> torch.Tensor | None:
+        """Add block `layer`'s patch tokens (B, D, t, f) to the mix (B, D, t, f or 1) of the blocks before, first None.
+
+        None, always, where the patch tokens are not needed.
+        """
+
+    def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor | None:
+        """What `classify` gets of all blocks' CLS tokens (L, B, D), which are averaged over the chunks."""
+
+    def classify(self, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor | None) -> torch.Tensor:
+        """What `encode` returns, of the results of `mix_cls` and of the last `mix_patches` over all chunks."""
+
+
 class MixingAgain(torch.autograd.Function):
     """Gradient of the blocks' weights in a mix of a frozen encoder's tokens, which was made without a graph.
 
@@ -640,7 +579,7 @@ class MixingAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mix: torch.Tensor, block_attention: torch.Tensor, head: "BatHead", encode: Callable):
+    def forward(ctx, mix: torch.Tensor, block_attention: torch.Tensor, head: BlockReader, encode: Callable):
         kind = mix.device.type
         ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.head, ctx.encode = head, encode
@@ -657,8 +596,12 @@ class MixingAgain(torch.autograd.Function):
             return gradient if sum_before is None else sum_before + gradient
 
         with ctx.autocast:
-            *_, gradient = ctx.encode(add_gradient)
+            gradient = ctx.encode(mix_patches=add_gradient).patch_mix
         return None, gradient, None, None
+
+
+IGNORED_LABEL = -100  # Where a frame or class has this label, as in torch's cross-entropy, there is no loss.
+PROTOTYPES_AT_ONCE = 1024  # So many are compared with all patches at a time; it bounds the cosines' memory.
 
 
 class BatHead(nn.Module):
@@ -735,7 +678,7 @@ class BatHead(nn.Module):
         if not self.mixes_blocks and layer != self.last_layer:
             return None
         scale = self.block_attention.softmax(dim=0)[layer] if self.mixes_blocks else tokens.new_ones(())
-        if self.has_prototypes:  # scaling by 1 / norm in the same product keeps no normalised copy of the tokens
+        if self.has_prototypes:  # Scaling by 1 / norm in the same product needs no normalised copy of the tokens.
             scale = scale / torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp_min(1e-12)
         return tokens * scale if mix is None else torch.addcmul(mix, tokens, scale)
 
@@ -753,11 +696,11 @@ class BatHead(nn.Module):
     def _compare_with_prototypes(self, cls_mix: torch.Tensor | None, patch_mix: torch.Tensor) -> torch.Tensor:
         """(B, 3*K) or, for binary prototypes, (B, K); with a time axis in the middle frame by frame."""
         prototypes = self.prototype_vectors.flatten(1)  # (K, D)
-        if self.is_binary:  # straight-through: +-1 forwards, the identity's gradient backwards
+        if self.is_binary:  # The forward pass sees +-1, the backward pass the gradient of the identity.
             signs = torch.where(prototypes >= 0, 1.0, -1.0).to(prototypes.dtype)
             prototypes = signs + (prototypes - prototypes.detach())
         parts = nn.functional.normalize(prototypes, dim=1).split(PROTOTYPES_AT_ONCE)
-        if torch.is_grad_enabled():  # cosines are computed again in the backward pass, not kept
+        if torch.is_grad_enabled():  # The backward pass computes the cosines again, so that none are kept.
             pooled = [checkpoint(self._pool_cosines, part, cls_mix, patch_mix, use_reentrant=False) for part in parts]
         else:
             pooled = [self._pool_cosines(part, cls_mix, patch_mix) for part in parts]
@@ -797,6 +740,18 @@ class BatForClassification(BatPreTrainedModel):
         self.bat = BatModel(config)
         self.head = BatHead(config, per_frame=self.per_frame)
         self.post_init()
+
+    def find_head_problems(self, loading_info: dict) -> list[str]:
+        """Heads for clips and for frames have weights of the same names and shapes; the config tells them apart."""
+        other = "BatForAudioClassification" if self.per_frame else "BatForAudioFrameClassification"
+        is_new_head = "head.fc.weight" in loading_info["missing_keys"]
+        if is_new_head or other not in (self.config.architectures or ()):
+            return []
+        advice = "" if self.per_frame else " Its decode_events gives the events of a clip."
+        return [
+            f"its head was trained in a {other}, not in a {type(self).__name__}; load it with "
+            f"{other.replace('Bat', 'AutoModel', 1)}.{advice}"
+        ]
 
     def freeze_base_model(self):
         """Freeze the encoder for probing: no gradients, and eval mode whenever the model is set to training."""
@@ -866,7 +821,7 @@ class BatForClassification(BatPreTrainedModel):
                 f"{tuple(logits.shape)} with a value per class"
                 + (f", or class indices {tuple(logits.shape[:-1])}." if is_single_label else ".")
             )
-        # Over the steps of each clip, then over the clips, so that equal parts of a batch have equal weight.
+        # The mean is over the steps of each clip, then over the clips, so that equal parts of a batch weigh the same.
         loss, is_kept = loss.reshape(len(loss), -1), is_kept.reshape(len(loss), -1)
         loss = (loss * is_kept).sum(dim=1) / is_kept.sum(dim=1).clamp_min(1)  # (B,)
         return loss.sum() / is_kept.any(dim=1).sum().clamp_min(1)
@@ -947,7 +902,29 @@ class BatForAudioFrameClassification(BatForClassification):
         return events
 
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# These stand in the config.json of every folder that `save_pretrained` writes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_bat.BatConfig",
+    "AutoModel": "modeling_bat.BatModel",
+    "AutoModelForAudioClassification": "modeling_bat.BatForAudioClassification",
+    "AutoModelForAudioFrameClassification": "modeling_bat.BatForAudioFrameClassification",
+}
+CUSTOM_PIPELINES = {
+    "feature-extraction": {
+        "impl": "pipeline_bat.BatFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+        "type": "audio",
+    },
+    "audio-classification": {
+        "impl": "pipeline_bat.BatAudioClassificationPipeline",
+        "pt": ["AutoModelForAudioClassification"],
+        "type": "audio",
+    },
+}
+if TYPE_CHECKING:  # This never runs; it names the file, so that Transformers copies it wherever it copies this one.
+    from .pipeline_bat import BatFeatureExtractionPipeline  # noqa: F401
+
+# With this, save_pretrained copies this file and fills in auto_map.
 BatModel.register_for_auto_class("AutoModel")
 BatForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
 BatForAudioFrameClassification.register_for_auto_class("AutoModelForAudioFrameClassification")

@@ -27,15 +27,16 @@ HOP_LENGTH = 160  # samples between frames, 10 ms
 N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
-MAX_AMPLITUDE = 1e15  # far above any audio; larger samples overflow the power spectrum
-UNKNOWN_FRAMES = 2**62  # from which on a length is libsndfile's stand-in for that which a streamed FLAC file lacks
+MAX_AMPLITUDE = 1e15  # larger samples, which no audio has, would overflow the power spectrum
+UNKNOWN_FRAMES = 2**62  # libsndfile gives a length above this for a streamed FLAC file, whose header has none
+UNKNOWN_FORMAT = 1  # libsndfile's error code for a format that it does not read
 MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
-MEL_GROUPS = 4  # of bands, which are multiplied by their own filters
+MEL_GROUPS = 4  # the mel bands are multiplied in so many groups, each only with the bins that it covers
 POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
 NUM_FRAMES = 1024  # frames of one picture, 10.24 s
 PATCH_FRAMES = 16  # frames of one patch, 160 ms
 BLOCK_FRAMES_CPU = 256  # frames transformed at once, so that their spectra stay in a core's cache
-BLOCK_FRAMES_GPU = 65536  # the same on an accelerator, where large blocks are fast and bound the memory
+BLOCK_FRAMES_GPU = 65536  # frames transformed at once on an accelerator, where large blocks are fast
 EXPECTED_AUDIO = (
     "expected an array, a tensor or a non-empty list of mono clips. Read files with load_audio; from a dict, pass its "
     "array"
@@ -100,7 +101,7 @@ def load_audio(
                     raise ValueError(f"truncated: {missing}")
                 # The expected length may be an estimate that is too long, above all when the file starts with tags.
                 logger.warning(f"{name}: truncated, or without its length in the header: {missing}.")
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # TypeError: named .raw, without a header
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # A file named .raw is a TypeError.
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(f"{name}: cannot be read as audio: {reason}.") from error
     if not np.isfinite(samples).all():
@@ -146,7 +147,7 @@ def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE
 def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int) -> torch.Tensor:
     try:
         import torchaudio.functional
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises all three
+    except (ImportError, OSError, RuntimeError) as error:  # A build for another torch raises any of them.
         raise ImportError(
             f"Resampling a tensor on {waveform.device} needs a working torchaudio ({error}). Install a torch and "
             "torchaudio that belong together (torchaudio 2.11 works with torch 2.11 to 2.14), or resample on the CPU."
@@ -198,7 +199,19 @@ def mel_groups(filters: torch.Tensor) -> list[tuple[slice, slice]]:
     return groups
 
 
-class BatAudioProcessor(nn.Module):
+class SoundReader:
+    """`load_audio` and `resample` at the rate of the object that is asked, its `sampling_rate` in Hz."""
+
+    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
+        """See the function `load_audio`."""
+        return load_audio(source, start, duration, self.sampling_rate)
+
+    def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
+        """See the function `resample`."""
+        return resample(waveform, orig_rate, self.sampling_rate)
+
+
+class BatAudioProcessor(SoundReader, nn.Module):
     """Waveforms to log-mel features, in float32 and on the waveform's device; every clip is treated alone.
 
     Mel power spectrogram -> dB -> at most `top_db` below the clip's maximum -> scaled to 0..1 by the clip's own
@@ -234,13 +247,18 @@ class BatAudioProcessor(nn.Module):
         self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
         self.mel_groups = mel_groups(self.mel_filters)
 
-    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
-        """The function `load_audio`, at this processor's rate."""
-        return load_audio(source, start, duration, self.sample_rate)
+    @property
+    def sampling_rate(self) -> int:
+        """`sample_rate` by the name that Transformers uses."""
+        return self.sample_rate
 
-    def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
-        """The function `resample`, to this processor's rate."""
-        return resample(waveform, orig_rate, self.sample_rate)
+    def num_patches(self, samples: int) -> int:
+        """How many time patches of a clip of so many samples hold sound.
+
+        The features may have one more: a frame is centred on the clip's end too, which after whole patches begins
+        another, nearly empty one.
+        """
+        return -(-samples // (PATCH_FRAMES * self.hop_length))
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Features (B, 1, num_frames, n_mels) in 0..1 of mono clips of one length.
@@ -259,7 +277,7 @@ class BatAudioProcessor(nn.Module):
         `places` are the numbers that errors give to the clips, when they were picked from a list.
         """
         waveform = self._check_waveform(waveform, places)
-        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 would move features by 0.01
+        with torch.autocast(waveform.device.type, enabled=False):  # In bfloat16 features would move by 0.01.
             mel = self._mel_power(waveform)  # (B, T, M)
         decibel = 10 * mel.clamp_min(POWER_FLOOR).log10()
         decibel = torch.maximum(decibel, decibel.amax(dim=(1, 2), keepdim=True) - self.top_db)
@@ -308,7 +326,7 @@ class BatAudioProcessor(nn.Module):
                 f"({shortest / self.sample_rate:.3f} s) are needed. Zero-pad a clip that is meant to be so short."
             )
         waveform = waveform.float().reshape(-1, samples)
-        usable = waveform.abs().amax(dim=1) <= MAX_AMPLITUDE  # not true of NaN either
+        usable = waveform.abs().amax(dim=1) <= MAX_AMPLITUDE  # This is false for NaN too.
         if not usable.all():
             bad = [places[row] if places else row for row in (~usable).nonzero().flatten().tolist()]
             raise ValueError(
@@ -325,7 +343,7 @@ def fit_frames(features: torch.Tensor, num_frames: int | None) -> torch.Tensor:
     return nn.functional.pad(features[:, :, :num_frames], (0, 0, 0, max(0, num_frames - features.shape[2])))
 
 
-class BatFeatureExtractor(FeatureExtractionMixin):
+class BatFeatureExtractor(SoundReader, FeatureExtractionMixin):
     """`BatAudioProcessor` for `AutoFeatureExtractor`, `AutoProcessor` and pipelines.
 
     Args:
@@ -335,6 +353,7 @@ class BatFeatureExtractor(FeatureExtractionMixin):
     """
 
     model_input_names = ["input_features"]
+    padding_value = 0.0  # Transformers' pipelines fill up the shorter clips of a batch with it.
 
     def __init__(
         self,
@@ -345,9 +364,6 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         n_mels: int = N_MELS,
         f_min: float = F_MIN,
         top_db: float = TOP_DB,
-        padding_value: float = 0.0,
-        padding_side: str = "right",
-        return_attention_mask: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -358,11 +374,7 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         self.n_mels = n_mels
         self.f_min = f_min
         self.top_db = top_db
-        # Read by pipelines and collators to batch features.
-        self.padding_value = padding_value
-        self.padding_side = padding_side
-        self.return_attention_mask = return_attention_mask
-        _ = self.processor  # refuses wrong settings here
+        _ = self.processor  # Wrong settings are refused here, not at the first clip.
 
     @classmethod
     def from_model_config(cls, config) -> "BatFeatureExtractor":
@@ -376,14 +388,6 @@ class BatFeatureExtractor(FeatureExtractionMixin):
         return BatAudioProcessor(
             self.num_frames, self.sampling_rate, self.n_fft, self.hop_length, self.n_mels, self.f_min, self.top_db
         )
-
-    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
-        """The function `load_audio`, at this extractor's rate."""
-        return load_audio(source, start, duration, self.sampling_rate)
-
-    def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
-        """The function `resample`, to this extractor's rate."""
-        return resample(waveform, orig_rate, self.sampling_rate)
 
     def __call__(
         self,
@@ -475,5 +479,5 @@ def _as_tensor(clip, device: str | torch.device | None, name: str = "audio") -> 
     return clip.to(device) if device is not None else clip
 
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# With this, save_pretrained copies this file and fills in auto_map.
 BatFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

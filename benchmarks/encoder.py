@@ -170,10 +170,10 @@ def keep_fastest_floor(seconds: dict[str, list[float]]) -> tuple[dict[str, list[
 def published_way(model: BatModel) -> Callable:
     """How the published release computes: attention weights in memory, and every block's tokens kept.
 
-    `forward` would split the batch on a CPU to stay in cache; its inner method takes the batch as a whole.
+    `forward` would split the batch on a CPU to stay in cache; `encode_chunks` takes the batch as a whole.
     """
     model.set_attn_implementation("eager")
-    return lambda features: model._encode_pass(features.to(model.dtype), True, False, None)
+    return lambda features: model.encode_chunks(features.to(model.dtype), output_hidden_states=True)
 
 
 def encoders(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -102,6 +103,31 @@ def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_model(chunk_time_patches=16).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory) -> Path:
+    """Recordings of several formats, rates, channels and lengths, in folders."""
+    folder = tmp_path_factory.mktemp("recordings")
+    (folder / "a" / "b").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, seconds: float, rate: int, channels: int = 1, **form):
+        shape = (round(seconds * rate), channels)
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(shape).clip(-5, 5), rate, **form)
+
+    write("a/exact.wav", 10.24, 8000)
+    write("a/long.flac", 45.5, 8000)
+    write("a/b/stereo.wav", 3.3, 44100, channels=2)
+    write("a/b/short.wav", 0.1, 16000, subtype="PCM_U8")
+    write("mp3.mp3", 12.0, 22050)
+    write("ogg.ogg", 11.0, 48000)
+    write("two.wav", 20.48, 16000, subtype="FLOAT")
+    for number in range(5):
+        write(f"second_{number}.wav", 1.0, 16000)
+    (folder / "notes.txt").write_text("no sound")
+    write(".hidden.wav", 1.0, 16000)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -514,7 +514,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, refuses):
 def test_target_that_is_there_is_not_touched(tmp_path, refuses):
     model = tiny_model()
     source = write(tmp_path / "a.pt", authors_weights(model))
-    refuses(source, "exists already; name another (--out), or remove it", FileExistsError, out=source)
+    refuses(source, r"exists already; name another \(--out\), or remove it", FileExistsError, out=source)
     refuses(source, "there is no folder", FileNotFoundError, out=tmp_path / "no" / "out")
     (tmp_path / "out").mkdir()
     convert(source, tmp_path / "out", config=tiny_config())  # an empty folder is no loss

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_embed import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
+from embed_tables import assert_same_table, descendants, make_many, read, read_errors, run_embed, unfinished
 
 from bat_audio_tools import embed as embed_module
 from bat_audio_tools.embedding import windows
@@ -20,7 +20,7 @@ ray = pytest.importorskip("ray")
 embed_ray = pytest.importorskip("bat_audio_tools.embedding.cluster")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
-OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "frames": True}
+OPTIONS = {"shard_size": 5, "segment": 0.5, "num_frames": 16, "pool": "cls+mean", "tokens": True}
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 import csv
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,8 +14,9 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import THREADS, assert_same_weights, run, run_python, tiny_config
+from conftest import assert_same_weights, run, run_python, tiny_config
 from huggingface_hub import ModelCard
+from programs import Program, run_program, run_two_processes
 from safetensors.torch import load_file
 from transformers import (
     AutoFeatureExtractor,
@@ -166,7 +164,7 @@ def assert_same_gradients(options: dict, others: dict):
 
 
 def command_line(options: dict) -> list[str]:
-    words = [options["train"]]
+    words = ["finetune", options["train"]]
     for name, value in options.items():
         if name != "train":
             flag = name.replace("_", "-")
@@ -452,35 +450,34 @@ def test_multi_label_manifest_with_bce(options, tmp_path):
 # Interrupted and distributed runs
 
 
-def cli(options: dict) -> list[str]:
-    return [sys.executable, "-m", "bat_audio_tools.cli", "finetune", *command_line(options)]
+def torchrun(*words: str):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio_tools.cli"]
+    run([sys.executable, *launch, *words], CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
     # Dropout and drop path take part, whose random numbers must go on where they were, whichever process reads clips.
-    options = {**options, "head": "cgp", "num_prototypes": 7, "drop_path": 0.3, "steps": 120, "eval_every": 20}
+    options = {**options, "head": "cgp", "num_prototypes": 7, "drop_path": 0.3, "steps": 60, "eval_every": 10}
     expected, weights = trained(options, out=str(tmp_path / "whole"))
     options["num_workers"] = 1
 
     work = Path(f"{options['out']}.training")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    with subprocess.Popen(
-        cli(options), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while not (work / "checkpoint-40" / "trainer_state.json").exists():
-            assert process.poll() is None, "the run ended by itself"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    program = Program(*command_line(options))
+    while not (work / "checkpoint-20" / "trainer_state.json").exists():
+        assert program.is_running(), program.end()
+        time.sleep(0.005)
+    program.kill()
     assert not Path(options["out"]).exists()
     # As if it had been killed while it wrote one more checkpoint.
-    partial = work / "checkpoint-60"
+    partial = work / "checkpoint-30"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(work / "checkpoint-40", partial)
+    shutil.copytree(work / "checkpoint-20", partial)
     (partial / "trainer_state.json").unlink()
     (partial / "optimizer.pt").write_bytes(b"half")
 
-    result = json.loads(run(cli(options)).stdout.splitlines()[-1])
+    result = json.loads(run_program(*command_line(options)).splitlines()[-1])
     assert {name: result[name] for name in expected} == expected
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights)
 
@@ -580,14 +577,14 @@ def test_folder_in_use_is_refused(options, monkeypatch):
     results, write = [], finetune_module._write_folder
 
     def start_another_and_write(*args):
-        results.append(run(cli(options), check=False))
+        results.append(Program(*command_line(options)).end())
         write(*args)
 
     monkeypatch.setattr(finetune_module, "_write_folder", start_another_and_write)
     trained(options, steps=1)
-    (result,) = results
-    assert result.returncode == 1
-    assert f"error: {options['out']}.training is in use by another run" in result.stderr
+    ((status, _, errors),) = results
+    assert status == 1
+    assert f"error: {options['out']}.training is in use by another run" in errors
 
 
 @pytest.mark.parametrize("eval_every", [6, 10**6])
@@ -659,9 +656,8 @@ def test_two_processes_equal_one(options, events, tmp_path, kind):
         options["preset"] = kind
     alone = {**options, "out": str(tmp_path / "one")}
     expected, weights = trained(alone)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "bat_audio_tools.cli", "finetune", *command_line(options)]
-    run([sys.executable, *launch], CUDA_VISIBLE_DEVICES="")
+    launch = torchrun if kind == "finetune" else run_two_processes
+    launch(*command_line(options))
     metrics = json.loads((Path(options["out"]) / "eval_results.json").read_text())
     assert metrics == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
@@ -673,18 +669,16 @@ def test_accelerate_launch_with_two_processes(options, tmp_path):
     options = {**options, "steps": 4, "eval_every": 2}
     _, weights = trained(options, out=str(tmp_path / "one"))
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    run([sys.executable, *launch, "-m", "bat_audio_tools.cli", "finetune", *command_line(options)])
+    run([sys.executable, *launch, "-m", "bat_audio_tools.cli", *command_line(options)])
     assert_same_weights(load_file(Path(options["out"]) / "model.safetensors"), weights, atol=1e-4)
 
 
 def test_errors_are_one_line(options, tmp_path):
-    result = run(cli({**options, "train": str(tmp_path / "nothing")}), check=False)
-    assert result.returncode == 2
-    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()[
-        -1:
-    ]
-    assert "nothing" in result.stderr
-    assert "Traceback" in run([*cli({**options, "train": "nothing"}), "--debug"], check=False).stderr
+    status, _, printed = Program(*command_line({**options, "train": str(tmp_path / "nothing")})).end()
+    assert status == 2
+    assert [line for line in printed.splitlines() if line.startswith("error: ")] == printed.splitlines()[-1:]
+    assert "nothing" in printed
+    assert "Traceback" in Program(*command_line({**options, "train": "nothing"}), "--debug").end()[2]
 
 
 @pytest.mark.slow
@@ -692,12 +686,12 @@ def test_spoilt_clip_is_one_line(options, sounds, tmp_path):
     options["train"] = str(shutil.copytree(sounds, tmp_path / "sounds"))
     (tmp_path / "sounds" / "hum" / "1.wav").write_bytes(b"RIFF")
     for workers in (0, 1):
-        result = run(cli({**options, "num_workers": workers}), check=False)
-        errors = [line for line in result.stderr.splitlines() if "error: " in line]
-        assert result.returncode == 2
+        status, _, printed = Program(*command_line({**options, "num_workers": workers})).end()
+        errors = [line for line in printed.splitlines() if "error: " in line]
+        assert status == 2
         assert len(errors) == 1
         assert str(Path("hum") / "1.wav") in errors[0]
-        assert "Traceback" not in result.stderr
+        assert "Traceback" not in printed
 
 
 @pytest.mark.slow

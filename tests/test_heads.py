@@ -1,5 +1,6 @@
 """The heads alone and on the encoder: golden outputs, block by block = on the dict, losses, events, loading."""
 
+import inspect
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bat_audio import BatConfig, BatForAudioClassification, BatForAudioFrameClassification, BatHead, BatModel
-from bat_audio.modeling_bat import asymmetric_loss
+from bat_audio.modeling_bat import BlockReader, asymmetric_loss
 
 GOLDEN = load_file(TESTS / "golden" / "heads.safetensors")
 HEADS = ["linear", "linear_cgp", "cgp", "protobin"]
@@ -134,6 +135,46 @@ def test_gradient_checkpointing_gives_the_same_gradients(head_type, frozen):
     assert all(name.startswith("head.") for name in plain) == frozen
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient)
+
+
+class PatchMean:
+    """A reader that is no head: the sum over the blocks of each clip's mean patch token, beside the last CLS token."""
+
+    block_attention = None
+
+    def mix_patches(self, mix, layer, patch_tokens):
+        return patch_tokens if mix is None else mix + patch_tokens
+
+    def mix_cls(self, cls_tokens):
+        return cls_tokens[-1]
+
+    def classify(self, cls_mix, patch_mix):
+        return torch.cat([cls_mix, patch_mix.mean(dim=(2, 3))], dim=1)
+
+
+@pytest.mark.parametrize("reader", [BatHead, PatchMean])
+def test_readers_follow_the_protocol(reader):
+    methods = {
+        name: value for name, value in vars(BlockReader).items() if name in ("mix_patches", "mix_cls", "classify")
+    }
+    assert len(methods) == 3
+    for name, method in methods.items():
+        assert list(inspect.signature(getattr(reader, name)).parameters) == list(inspect.signature(method).parameters)
+    instance = BatHead(tiny_config()) if reader is BatHead else reader()
+    assert all(hasattr(instance, name) for name in BlockReader.__annotations__)
+
+
+@pytest.mark.parametrize("frames", [64, 200], ids=["one chunk", "three chunks and rest"])
+def test_any_reader_is_fed_block_by_block(monkeypatch, frames):
+    model, features = tiny_model(num_hidden_layers=3, max_chunks_per_pass=2), features_of(batch=3, frames=frames)
+    layers = model.extract_features(features)
+    expected = torch.cat([layers["cls_tokens"][-1], layers["patch_tokens"].sum(dim=0).mean(dim=(2, 3))], dim=1)
+    output, found = model.encode(features, head=PatchMean())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(output.last_hidden_state, model(features).last_hidden_state)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # Inference then takes two clips or chunks at a time.
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode(features, head=PatchMean())[1], expected)
 
 
 def peak_bytes(step) -> int:

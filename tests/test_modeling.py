@@ -52,24 +52,28 @@ def test_frames_beyond_the_last_patch_are_dropped():
 
 
 @pytest.mark.parametrize(
-    ("features", "message"),
+    ("features", "got"),
     [
-        (torch.rand(2, 2, 64, 128), r"\(2, 2, 64, 128\).*2 channels instead of 1"),
-        (torch.rand(1, 1, 64, 80), r"\(1, 1, 64, 80\).*no axis of 128 mel bands"),
-        (torch.rand(1, 64, 80), "no axis of 128 mel bands"),
-        (torch.rand(1, 1, 15, 128), "15 frames are shorter than one patch"),
-        (torch.rand(1, 1, 128, 15), "15 frames are shorter than one patch"),
-        (torch.ones(1, 1, 64, 128, dtype=torch.int64), r"torch\.int64.*floating-point"),
-        (torch.rand(0, 1, 64, 128), r"\(0, 1, 64, 128\)"),
-        (torch.rand(1, 1, 0, 128), "0 frames"),
-        (torch.rand(64, 128), r"\(64, 128\).*expected"),
-        (torch.rand(1, 1, 1, 64, 128), "expected"),
+        (torch.rand(2, 2, 64, 128), "shape (2, 2, 64, 128) and torch.float32"),
+        (torch.rand(1, 1, 64, 80), "shape (1, 1, 64, 80) and torch.float32"),
+        (torch.rand(1, 64, 80), "shape (1, 64, 80) and torch.float32"),
+        (torch.rand(1, 1, 15, 128), "shape (1, 1, 15, 128) and torch.float32"),
+        (torch.rand(1, 1, 128, 15), "shape (1, 1, 128, 15) and torch.float32"),
+        (torch.ones(1, 1, 64, 128, dtype=torch.int64), "shape (1, 1, 64, 128) and torch.int64"),
+        (torch.rand(0, 1, 64, 128), "shape (0, 1, 64, 128) and torch.float32"),
+        (torch.rand(1, 1, 0, 128), "shape (1, 1, 0, 128) and torch.float32"),
+        (torch.rand(64, 128), "shape (64, 128) and torch.float32"),
+        (torch.rand(1, 1, 1, 64, 128), "shape (1, 1, 1, 64, 128) and torch.float32"),
         ([[0.0]], "type list"),
     ],
 )
-def test_wrong_input_is_refused(features, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_input_is_refused(features, got):
+    with pytest.raises(ValueError, match="BatModel got input_features") as error:
         tiny_model()(features)
+    assert str(error.value) == (
+        f"BatModel got input_features of {got}; expected log-mel features as a floating-point tensor (batch, 1, "
+        "frames, 128), (batch, frames, 128) or mel-first (batch, 1, 128, frames), with at least one clip and 16 frames."
+    )
 
 
 def test_neither_or_both_inputs_are_refused():
@@ -208,21 +212,29 @@ def test_inference_takes_a_few_clips_per_core(monkeypatch, batch, frames, expect
 
 
 def test_long_input_on_a_cpu_passes_as_much_as_stays_in_cache(monkeypatch):
-    """Else every pass would be encoded in parts, whose tokens are joined before they are joined to the others."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    model, features = tiny_model(), random_features(1, 1, 5 * CHUNK + 32, 128)
-    assert [len(chunks) for chunks in model._split_chunks(features)] == [5, 1]
+    model, features, rows = tiny_model(), random_features(1, 1, 5 * CHUNK + 32, 128), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model(features)
+    assert rows == [5, 1]
+    rows.clear()
     with torch.inference_mode():
-        assert [len(chunks) for chunks in model._split_chunks(features)] == [2, 2, 1, 1]
+        model(features)
+    assert rows == [2, 2, 1, 1]
 
 
-def test_many_cores_take_no_more_than_the_chunks_of_a_pass(monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "frames", "expected"),
+    [(1, 5 * CHUNK, [2, 2, 1]), (5, CHUNK, [2, 2, 1]), (9, CHUNK // 2, [4, 4, 1]), (3, CHUNK + 16, [2, 1, 3])],
+)
+def test_many_cores_take_no_more_than_the_chunks_of_a_pass(monkeypatch, batch, frames, expected):
+    """Over time and batch, so that large batches are bounded too; short clips count as parts of a chunk."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     model, rows = tiny_model(max_chunks_per_pass=2), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     with torch.inference_mode():
-        model(random_features(1, 1, 5 * CHUNK, 128))
-    assert rows == [2, 2, 1]
+        model(random_features(batch, 1, frames, 128))
+    assert rows == expected
 
 
 def test_batch_of_long_clips_in_inference_equals_single(monkeypatch):

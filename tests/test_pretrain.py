@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, THREADS, assert_same_weights, run, tiny_config, tiny_model
+from conftest import ROOT, assert_same_weights, tiny_config, tiny_model
 from huggingface_hub import ModelCard
+from programs import Program, run_program, run_two_processes
 from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -475,27 +472,20 @@ def test_begun_folder_refuses_other_settings_and_data(options, sounds, tmp_path)
         pretrained(options)
 
 
-def cli(options: dict) -> list[str]:
-    return [sys.executable, "-m", "bat_audio_tools.cli", *command_line(options)]
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
     options.update(steps=60, save_every=10, save_total_limit=6)
     expected, weights = pretrained(options, out=str(tmp_path / "whole"))
     options["num_workers"] = 1
     work = Path(f"{options['out']}.training")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    with subprocess.Popen(
-        cli(options), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while not (work / "checkpoint-20" / "trainer_state.json").exists():
-            assert process.poll() is None, "the run ended by itself"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    program = Program(*command_line(options))
+    while not (work / "checkpoint-20" / "trainer_state.json").exists():
+        assert program.is_running(), program.end()
+        time.sleep(0.005)
+    program.kill()
     assert not Path(options["out"]).exists()
     saved = (work / "checkpoint-20" / "trainer_state.json").stat().st_mtime_ns
-    result = json.loads(run(cli(options)).stdout.splitlines()[-1])
+    result = json.loads(run_program(*command_line(options)).splitlines()[-1])
     assert (work / "checkpoint-20" / "trainer_state.json").stat().st_mtime_ns == saved  # it did not begin anew
     assert {name: result[name] for name in expected} == expected
     assert_same_weights(load_file(last_checkpoint(options) / "model.safetensors"), weights)
@@ -508,9 +498,8 @@ def test_two_processes_equal_one(options, tiny_json, tmp_path):
     options["config"] = str(config)
     _, weights = pretrained(options)
     others = {**options, "out": str(tmp_path / "two")}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m"]
-    result = run([sys.executable, *launch, *cli(others)[2:]], CUDA_VISIBLE_DEVICES="")
-    assert sum('{"model"' in line for line in result.stdout.splitlines()) == 1
+    printed = run_two_processes(*command_line(others))
+    assert sum('{"model"' in line for line in printed.splitlines()) == 1
     assert_same_steps(options, others)
     assert_same_weights(load_file(last_checkpoint(others) / "model.safetensors"), weights, rtol=0, atol=1e-4)
 
@@ -518,9 +507,9 @@ def test_two_processes_equal_one(options, tiny_json, tmp_path):
 @pytest.mark.slow
 def test_encoder_goes_on_to_the_other_tools(options, sounds):
     """As a user would: pre-train, go on from the result, embed with it."""
-    run(cli(options))
+    run_program(*command_line(options))
     again = {name: value for name, value in options.items() if name != "config"}
-    run(cli({**again, "init": options["out"], "out": f"{options['out']}-more"}))
+    run_program(*command_line({**again, "init": options["out"], "out": f"{options['out']}-more"}))
     more = load_pretrained_encoder(checkpoint=f"{options['out']}-more")
     assert more.config.input_shape == [64, 128]
 

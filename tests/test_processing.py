@@ -443,6 +443,24 @@ def test_published_settings_are_the_defaults():
     assert published == settings_of(BatFeatureExtractor())
 
 
+def test_settings_of_older_versions_still_load(tmp_path):
+    """They had three more options, none of which ever had an effect on the features."""
+    BatFeatureExtractor(num_frames=64).save_pretrained(tmp_path)
+    file, old = tmp_path / "preprocessor_config.json", {"padding_value": 0.0, "padding_side": "right"}
+    settings = json.loads(file.read_text())
+    assert not settings.keys() & {*old, "return_attention_mask"}
+    file.write_text(json.dumps({**settings, **old, "return_attention_mask": False}))
+    loaded = AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert torch.equal(extract_with(loaded, noise(3000)), extract(noise(3000))[:, :, :64])
+
+
+@pytest.mark.parametrize("samples", [513, 2559, 2560, 2561, 5120, 16000])
+def test_patches_with_sound_begin_before_the_end(samples):
+    processor = BatAudioProcessor(None)
+    assert processor.num_patches(samples) == len(range(0, samples, 2560))
+    assert processor(noise(samples)).shape[2] // 16 - processor.num_patches(samples) in (0, 1)
+
+
 def test_copies_work_as_the_original():
     waveform = noise(3000)
     for original in (BatFeatureExtractor(num_frames=64), BatAudioProcessor(64)):

@@ -1,5 +1,6 @@
 """The pictures of a recording: what is drawn is what the model computes, at the right time and frequency."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ from typer.testing import CliRunner
 
 from bat_audio import BatAudioProcessor
 from bat_audio_tools.cli import app
+from bat_audio_tools.folders import PICTURES
 from bat_audio_tools.show import (
-    FORMATS,
     OUTLINE_POINTS,
     component_colours,
     draw,
@@ -179,7 +180,7 @@ def test_a_click_lies_at_its_time(start, click):
         assert panels[name].images[0].get_extent() == image.get_extent()
 
 
-@pytest.mark.parametrize("suffix", [*FORMATS, ".PNG"])
+@pytest.mark.parametrize("suffix", [*PICTURES, ".PNG"])
 def test_files(checkpoint, sound, tmp_path, suffix):
     out = tmp_path / f"picture{suffix}"
     out.write_text("old")
@@ -241,6 +242,6 @@ def test_command(checkpoint, sound, tmp_path):
     arguments = ["show", str(sound), "-o", str(tmp_path / "a.svg"), "--checkpoint", str(checkpoint)]
     result = CliRunner().invoke(app, [*arguments, "--heads", "2,1", "--block", "1"])
     assert result.exit_code == 0, result.output
-    assert f"wrote {tmp_path / 'a.svg'}" in result.output
+    assert json.loads(result.stdout.splitlines()[-1]) == {"picture": str(tmp_path / "a.svg")}
     assert CliRunner().invoke(app, [*arguments, "--heads", "1;2"]).exit_code == 2
     assert CliRunner().invoke(app, [*arguments, "--block", "9"]).exit_code == 2

@@ -354,5 +354,5 @@ def test_wrong_recording_and_width(tmp_path, model_folder):
         similar(tmp_path / "text.wav", table)
     result = CliRunner().invoke(app, ["similar", str(tmp_path / "none.wav"), str(table)])
     assert result.exit_code == 2
-    assert "none.wav: no such file; name a recording" in result.output
+    assert "none.wav: no such file." in result.output
     assert CliRunner().invoke(app, ["similar", SOUNDS[0], str(table), "-k", "0"]).exit_code == 2

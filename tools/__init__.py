@@ -42,10 +42,7 @@ import sys
 def main():
     """The program `bat-audio`, which is installed without the libraries of the extra `train` too."""
     try:
-        from bat_audio_tools.cli import app
+        from bat_audio_tools.cli import run
     except ModuleNotFoundError as error:
         sys.exit(f"error: bat-audio needs more packages ({error}): pip install 'bat-audio[train]'")
-    # Transformers imports torchao where it is installed, which takes a second and prints two warnings that nobody can
-    # mend. No command uses torchao, so it counts as not installed in this process.
-    sys.modules.setdefault("torchao", None)
-    app(prog_name="bat-audio")
+    run()

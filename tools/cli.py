@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -387,7 +388,13 @@ def publish(
     print_result(repository=repository, commit=url)
 
 
-if __name__ == "__main__":
-    from bat_audio_tools import main
+def run():
+    """The program, in a process of its own."""
+    # Transformers imports torchao wherever it is installed, for a second and with two warnings that nobody can mend. No
+    # command uses it, so it counts as not installed in this process.
+    sys.modules.setdefault("torchao", None)
+    app(prog_name="bat-audio")
 
-    main()
+
+if __name__ == "__main__":
+    run()

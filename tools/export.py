@@ -111,18 +111,18 @@ class ExportGraph(nn.Module):
         is_patch = is_patch.reshape(chunks, length, 1).expand(-1, -1, mel_patches).flatten(1)
         is_token = nn.functional.pad(is_patch, (1, 0), value=True)  # (C, S); CLS is the first token.
         with _masked_attention(config, is_token.repeat(batch, 1)[:, None, None]):
-            mix_patches = None if self.head is None else self.head.mix_patches
-            (tokens,), _, cls_tokens, patch_mix = self.encoder._encode_pass(rows, False, False, mix_patches)
+            whole = self.encoder.encode_chunks(rows, mix_patches=None if self.head is None else self.head.mix_patches)
 
-        cls = tokens[:, 0].unflatten(0, (batch, chunks)).mean(dim=1)  # (B, D)
-        patches = tokens[:, 1:].unflatten(0, (batch, chunks)).flatten(1, 2)[:, : time_patches * mel_patches]
+        tokens, patch_mix = whole.layers[-1].unflatten(0, (batch, chunks)), whole.patch_mix  # (B, C, S, D)
+        cls = tokens[:, :, 0].mean(dim=1)  # (B, D)
+        patches = tokens[:, :, 1:].flatten(1, 2)[:, : time_patches * mel_patches]
         outputs = {"last_hidden_state": torch.cat([cls[:, None], patches], dim=1), "pooler_output": cls}
         if self.head is None:
             return outputs
         if patch_mix is not None:  # (B*C, D, t', f') -> (B, D, t, f')
             patch_mix = patch_mix.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :time_patches]
-        cls_mix = self.head.mix_cls(cls_tokens.unflatten(1, (batch, chunks)).mean(dim=2))
-        return {"logits": self.head.classify(cls_mix, patch_mix), **outputs}
+        cls_tokens = whole.cls_tokens.unflatten(0, (batch, chunks)).mean(dim=1)  # (B, L, D)
+        return {"logits": self.head.classify(self.head.mix_cls(cls_tokens.transpose(0, 1)), patch_mix), **outputs}
 
 
 def _opaque_size(size: int, most: int | None = None) -> int:

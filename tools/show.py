@@ -17,7 +17,7 @@ from transformers.audio_utils import hertz_to_mel
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
-from bat_audio.processing_bat import BatFeatureExtractor, fit_frames
+from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio_tools.folders import check_picture, whole
 from bat_audio_tools.machine import pick_device, require
 from bat_audio_tools.sounds.reading import load_any
@@ -64,8 +64,7 @@ def look(model: BatModel, waveform: torch.Tensor, block: int) -> View:
     config = model.config
     patch_frames = config.patch_size[0]
     processor = BatFeatureExtractor.from_model_config(config).processor
-    num_patches = -(-len(waveform) // (patch_frames * config.hop_length))
-    features = fit_frames(processor.log_mel(waveform), num_patches * patch_frames)
+    features = fit_frames(processor.log_mel(waveform), processor.num_patches(len(waveform)) * PATCH_FRAMES)
     tokens, attention = [], []
     # The recording is encoded chunk by chunk, as the model cuts a long input too, because the attention weights of all
     # chunks together would not fit in memory.

@@ -8,7 +8,6 @@ Shapes: D width of the embeddings.
 
 import json
 import math
-import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers.utils import logging
 from bat_audio_tools.embedding.encoder import Encoder, encoder_config
 from bat_audio_tools.embedding.windows import Window
 from bat_audio_tools.folders import file_digest
-from bat_audio_tools.names import is_address
+from bat_audio_tools.names import check_file
 from bat_audio_tools.settings import RowSettings
 from bat_audio_tools.sounds.listing import Plan
 from bat_audio_tools.sounds.reading import Input, load_any, opened
@@ -64,8 +63,7 @@ def similar(
         OSError: no recording, table or weights.
         ImportError: soundfile or soxr is missing.
     """
-    if not is_address(str(query)) and (not os.path.exists(query) or os.path.isdir(query)):
-        raise FileNotFoundError(f"{query}: no such file; name a recording, and then the table to search.")
+    check_file(query)
     files, folder = url_to_fs(str(table))
     _check_finished(files, folder, len(_find_shards(files, folder)))  # Problems show before the work begins.
     metadata_file = f"{folder}/metadata.json"

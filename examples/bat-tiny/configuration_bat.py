@@ -35,9 +35,8 @@ class BatConfig(PretrainedConfig):
         use_gate: multiply the attention output by a sigmoid gate computed from the block's input.
         pos_trainable: make the position table a trained parameter; otherwise it is a frozen buffer.
         chunk_time_patches: time patches encoded together; longer inputs run as several chunks.
-        max_chunks_per_pass: most chunks, over batch and time, that share a forward pass of a long input, which bounds
-            its memory (inference on a CPU takes fewer, see `BatModel._limit_rows`); each clip of a batch has at least
-            one chunk in every pass.
+        max_chunks_per_pass: most chunks, over batch and time, that run at once, which bounds the memory. Inference on a
+            CPU takes no more than its cores; in training and on other devices each clip of a batch has at least one.
         sample_rate: of the waveform, in Hz.
         n_fft: FFT length and length of the Hann window, in samples.
         hop_length: step between frames, in samples.
@@ -195,5 +194,5 @@ def _pair(field: str, value) -> list[int]:
     return list(value)
 
 
-# Lets save_pretrained copy this file and fill in auto_map.
+# With this, save_pretrained copies this file and fills in auto_map.
 BatConfig.register_for_auto_class()

@@ -13,9 +13,8 @@ from transformers import AudioClassificationPipeline, Pipeline
 from transformers.pipelines.audio_classification import ffmpeg_read
 from transformers.utils import ModelOutput
 
-from .processing_bat import PATCH_FRAMES, _as_tensor, fit_frames
+from .processing_bat import PATCH_FRAMES, UNKNOWN_FORMAT, _as_tensor, fit_frames
 
-UNKNOWN_FORMAT = 1  # libsndfile's code for a format that it does not read
 SCORE_FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
 EXPECTED_CLIP = (
     "expected one mono clip as a path, URL, bytes of a sound file, array or tensor (samples,), or a dict with "
@@ -51,14 +50,14 @@ class BatAudioPipeline(Pipeline):
         """
         if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | list):
             return list(super().__call__((clip for clip in inputs), **kwargs))
-        if isinstance(inputs, list) and not inputs:  # Transformers looks at the first
+        if isinstance(inputs, list) and not inputs:  # Transformers would look at the first clip.
             return []
         return super().__call__(inputs, **kwargs)
 
     def load_clip(self, clip) -> torch.Tensor:
         """A clip, see the class, as mono samples (samples,) at the extractor's rate, on the CPU."""
         rate = self.feature_extractor.sampling_rate
-        if hasattr(clip, "get_all_samples"):  # torchcodec's decoder, in audio columns of datasets
+        if hasattr(clip, "get_all_samples"):  # Audio columns of datasets hold decoders of torchcodec.
             samples = clip.get_all_samples()
             clip = {"array": samples.data.mean(dim=0), "sampling_rate": samples.sample_rate}
         if isinstance(clip, dict) and clip.keys() & {"array", "raw"}:
@@ -88,7 +87,7 @@ class BatAudioPipeline(Pipeline):
         try:
             return self.feature_extractor.load_audio(source)
         except ValueError as error:
-            if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # a damaged file, which is not to be repaired
+            if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # ffmpeg would read a damaged file in part.
                 raise
             content = Path(source).read_bytes() if isinstance(source, str | Path) else bytes(source)
             try:
@@ -101,9 +100,8 @@ class BatAudioPipeline(Pipeline):
         extractor = self.feature_extractor
         waveform = self.load_clip(clip)
         features = extractor(waveform, extractor.sampling_rate, padding="longest", return_tensors="pt").input_features
-        # The extractor centres a frame on the end too, which of whole patches would begin another, nearly empty one.
-        patches = -(-len(waveform) // (PATCH_FRAMES * extractor.hop_length))
-        features = fit_frames(features, max(patches * PATCH_FRAMES, extractor.num_frames or 0))[0]
+        num_frames = extractor.processor.num_patches(len(waveform)) * PATCH_FRAMES
+        features = fit_frames(features, max(num_frames, extractor.num_frames or 0))[0]
         return {"input_features": features, "num_frames": torch.tensor([features.shape[1]])}
 
     def run_by_length(
@@ -142,7 +140,7 @@ class BatFeatureExtractionPipeline(BatAudioPipeline):
         return {}, forward, postprocess
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], pool: str | None = "cls") -> dict[str, list]:
-        encoder = self.model.base_model  # of a model with a head too
+        encoder = self.model.base_model  # The model itself, or the encoder of a model with a head.
 
         def embed(features: torch.Tensor) -> torch.Tensor:
             tokens = encoder(features).last_hidden_state  # (B, 1 + N, D)

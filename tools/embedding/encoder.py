@@ -25,9 +25,9 @@ BUCKET_SECONDS = 1800  # A bucket holds at most so many seconds of sound, unless
 
 
 class ClsTokens:
-    """Takes the place of a head: it gets every block's CLS tokens (L, B, D), so that no other tokens are kept."""
+    """A `BlockReader` that gives every block's CLS tokens (L, B, D), so that no other tokens are kept."""
 
-    mixes_blocks = False
+    block_attention = None
 
     def mix_patches(self, mix: None, layer: int, patch_tokens: torch.Tensor) -> None:
         return None
@@ -35,8 +35,8 @@ class ClsTokens:
     def mix_cls(self, cls_tokens: torch.Tensor) -> torch.Tensor:
         return cls_tokens
 
-    def classify(self, cls_tokens: torch.Tensor, patch_mix: None) -> torch.Tensor:
-        return cls_tokens
+    def classify(self, cls_mix: torch.Tensor, patch_mix: None) -> torch.Tensor:
+        return cls_mix
 
 
 class Encoder:
@@ -56,15 +56,8 @@ class Encoder:
         self.processor = BatFeatureExtractor.from_model_config(self.model.config).processor.to(device)
         self.settings = settings
 
-    def num_patches(self, window: Window) -> int:
-        """The number of time patches with sound in them.
-
-        The front end also makes a frame that is centred on the very end of the sound; it begins no patch of its own.
-        """
-        return -(-len(window.samples) // (PATCH_FRAMES * self.processor.hop_length))
-
     def num_frames(self, window: Window) -> int:
-        return max(self.num_patches(window) * PATCH_FRAMES, self.settings.num_frames)
+        return max(self.processor.num_patches(len(window.samples)) * PATCH_FRAMES, self.settings.num_frames)
 
     def most_windows(self, num_frames: int) -> int:
         """The number of windows that run at once: `batch_size`, or fewer longer ones, which take no more memory."""
@@ -86,7 +79,8 @@ class Encoder:
         pooled = {"cls": output.pooler_output.float()}
         if settings.tokens or "mean" in settings.pool:
             tokens = output.patch_tokens.float().mean(dim=3).transpose(1, 2)  # (B, t, D)
-            with_sound = [row[: self.num_patches(window)] for row, window in zip(tokens, windows, strict=True)]
+            lengths = [self.processor.num_patches(len(window.samples)) for window in windows]
+            with_sound = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             pooled["mean"] = torch.stack([row.mean(dim=0) for row in with_sound])
             if settings.tokens:
                 columns["tokens"] = with_sound

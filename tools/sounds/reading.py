@@ -16,8 +16,7 @@ import fsspec
 import numpy as np
 import torch
 
-from bat_audio.pipeline_bat import UNKNOWN_FORMAT
-from bat_audio.processing_bat import MIN_FILE_RATE, UNKNOWN_FRAMES, announced_frames, load_audio
+from bat_audio.processing_bat import MIN_FILE_RATE, UNKNOWN_FORMAT, UNKNOWN_FRAMES, announced_frames, load_audio
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import is_address
 
