@@ -2,16 +2,16 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run, tiny_config, tiny_model
+from conftest import ROOT, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_program
 from pyarrow import parquet
 from torch import nn
 from typer.testing import CliRunner
@@ -216,12 +216,12 @@ def test_an_unfinished_table_gives_a_warning(sounds_table, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
 def test_command(sounds_table):
-    arguments = [sys.executable, "-m", "bat_audio_tools.cli", "similar", SOUNDS[1], str(sounds_table), "-k", "2"]
+    arguments = ["similar", SOUNDS[1], sounds_table, "-k", 2]
     expected = similar(SOUNDS[1], sounds_table, 2)
-    assert json.loads(run([*arguments, "--json"]).stdout) == expected
-    arguments[4] = f"file://{SOUNDS[1]}"
-    assert json.loads(run([*arguments, "--json"]).stdout) == expected
-    header, *lines = run(arguments).stdout.splitlines()
+    assert json.loads(run_program(*arguments, "--json")) == expected
+    arguments[1] = f"file://{SOUNDS[1]}"
+    assert json.loads(run_program(*arguments, "--json")) == expected
+    header, *lines = run_program(*arguments).splitlines()
     assert header.split() == ["rank", "cosine", "start_s", "end_s", "path"]
     for line, row in zip(lines, expected, strict=True):
         rank, cosine, start, end, path = line.split()
