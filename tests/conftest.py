@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -97,6 +99,24 @@ def run(command: list[str], cwd: Path | None = None, check: bool = True, **envir
     return result
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: at the end of a run the test processes wait for each other's fast ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, for all test processes: the first makes it, the others wait for it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            partial = tmp_path_factory.mktemp(name)
+            make(partial)
+            partial.rename(shared / name)
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
     """A tiny encoder for which 10.24 s are four chunks."""
@@ -133,14 +153,17 @@ def recordings(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def full_weights(tmp_path_factory) -> Path:
     """model.safetensors of the published size with the golden recipe's weights."""
-    _, metadata = load_golden("encoder_full")
-    with torch.device("meta"):
-        shapes = BatModel(BatConfig())
-    shapes = shapes.to_empty(device="cpu")
-    shapes.pos_embed.copy_(shapes.position_table())
-    path = tmp_path_factory.mktemp("full") / "model.safetensors"
-    save_file(recipe_weights(shapes, metadata["seed"]), path, metadata={"format": "pt"})
-    return path
+
+    def make(folder: Path):
+        _, metadata = load_golden("encoder_full")
+        with torch.device("meta"):
+            shapes = BatModel(BatConfig())
+        shapes = shapes.to_empty(device="cpu")
+        shapes.pos_embed.copy_(shapes.position_table())
+        weights = recipe_weights(shapes, metadata["seed"])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return made_once(tmp_path_factory, "full", make) / "model.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -170,22 +193,16 @@ def snapshot_folder(tmp_path_factory, plain_folder) -> Path:
 @pytest.fixture(scope="session")
 def installed_folder(tmp_path_factory) -> Path:
     """A folder to put on PYTHONPATH that holds the package as pip installs it from the sources."""
-    # A copy, because building leaves files in the source folder.
-    source = tmp_path_factory.mktemp("source") / "bat"
-    source.mkdir()
-    for file in [*SNAPSHOT_FILES, ROOT / "pyproject.toml"]:
-        shutil.copy(file, source)
-    shutil.copytree(ROOT / "tools", source / "tools")
-    target = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        f"--target={target}",
-        source,
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return target
+
+    def install(target: Path):
+        # From a copy, because building leaves files in the source folder.
+        source = tmp_path_factory.mktemp("source") / "bat"
+        source.mkdir()
+        for file in [*SNAPSHOT_FILES, ROOT / "pyproject.toml"]:
+            shutil.copy(file, source)
+        shutil.copytree(ROOT / "tools", source / "tools")
+        options = ["--no-deps", "--no-build-isolation", f"--target={target}"]
+        command = [sys.executable, "-m", "pip", "install", *options, source]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    return made_once(tmp_path_factory, "site", install)
