@@ -130,15 +130,15 @@ class Clone:
             case ["bat-audio", *arguments]:
                 return self.run_program("module", "bat_audio_tools.cli", *shortened(arguments))
             case ["accelerate", "launch", "-m", module, *arguments]:
-                launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", module]
-                return run([*launch, *shortened(arguments)], cwd=self.folder, **self.environment).stdout
+                launch = "accelerate.commands.launch", "--num_processes", "1", "-m", module
+                return self.run_program("module", *launch, *shortened(arguments))
             case ["python" | ".venv/bin/python", script, *arguments]:
                 return self.run_program("script", script, *arguments)
             case ["hf", *arguments]:
                 (self.folder / "model.safetensors").unlink()
-                run([str(Path(sys.executable).parent / "hf"), *arguments], cwd=self.folder, **self.environment)
+                printed = self.run_program("module", "huggingface_hub.cli.hf", *arguments)
                 assert (self.folder / "model.safetensors").read_bytes() == self.weights.read_bytes()
-                return ""
+                return printed
             case ["make" | "pip", *_]:
                 return ""  # The tests of targets and extras look at these.
         raise AssertionError(f"No test runs {shlex.join(words)}")

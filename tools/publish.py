@@ -29,7 +29,7 @@ from bat_audio.modeling_bat import AUTO_MAP, BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import BatFeatureExtractor
 from bat_audio_tools.training.card import write_card, write_encoder_card
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(modeling_bat.__file__).parent
 # A repository gets these files of the package beside what `save_pretrained` writes.
 PACKAGE_FILES = ("load_model.py", "LICENSE")
 PICTURES = ("*.png", "plots/*.png")  # These files are published if the card names them.
