@@ -11,7 +11,9 @@ import typer.main
 from conftest import ROOT, run, run_python
 from typer.testing import CliRunner
 
+from bat_audio.configuration_bat import HEAD_CHOICES
 from bat_audio_tools.cli import app
+from bat_audio_tools.settings import HEAD_POOLINGS, HEADS
 
 COMMANDS = typer.main.get_command(app).commands
 BAT_TINY = str(ROOT / "examples" / "bat-tiny")
@@ -44,6 +46,19 @@ ANSWERED_AT_ONCE = [
     (["export", BAT_TINY, "-o", "out.onnx", "--format", "tflite"], 2),
     (["export", "./nowhere", "-o", "out.onnx", "--format", "onnx"], 2),
     (["publish", "nowhere", "me/model"], 2),
+    (["publish", ".", "me/model"], 2),
+    (["publish", BAT_TINY, "model"], 2),
+    (["publish", BAT_TINY, "me/a model"], 2),
+    (["finetune", MP3, "-o", "out", "--untrained", "--config", "nowhere.json"], 2),
+    (["finetune", MP3, "-o", "out", "--head", "mlp"], 2),
+    (["finetune", MP3, "-o", "out", "--head-pooling", "max"], 2),
+    (["pretrain", MP3, "-o", "out", "--config", "nowhere.json"], 2),
+    (["embed", MP3, "-o", MP3], 2),
+    (["show", MP3, "-o", "a.png", "--start", "-1"], 2),
+    (["similar", MP3, ".", "--duration", "0"], 2),
+    (["show", MP3, "-o", "a.png", "--untrained", "--checkpoint", BAT_TINY], 2),
+    (["convert", MP3, "-o", "out", "--head-pooling", "max"], 2),
+    (["export", BAT_TINY, "-o", "a.onnx", "--format", "onnx", "--from-waveform", "--num-frames", "65"], 2),
     *(([name, "--help"], 0) for name in COMMANDS),
 ]
 
@@ -94,6 +109,11 @@ def test_ctrl_c_is_one_line(arguments, message, monkeypatch):
     doing, *said = result.output.splitlines()
     assert doing.endswith("...")
     assert (result.exit_code, said) == (130, [message])
+
+
+def test_heads_are_those_of_the_config():
+    """The settings name them again, because importing the config takes seconds."""
+    assert (HEAD_CHOICES["head_type"], HEAD_CHOICES["head_pooling"]) == (HEADS, HEAD_POOLINGS)
 
 
 def test_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
@@ -178,12 +198,16 @@ finally:
     for arguments, result in (
         (embed, {"table": "table", "files": 1}),
         (["show", MP3, "-o", "a.png", "--checkpoint", BAT_TINY], {"picture": "a.png"}),
+        (["similar", MP3, "table", "--json"], {}),
     ):
         done = run_python(code, *arguments, cwd=tmp_path)
         first, *others = done.stderr.strip().splitlines()
         assert first.endswith("... with []")
-        assert [line for line in others if line and "file/s" not in line] == [], done.stderr  # the bar counts files
-        assert json.loads(done.stdout.splitlines()[-1]).items() >= result.items()
+        assert [line for line in others if line and "/1 [" not in line] == [], done.stderr  # but the bar, of one file
+        if result:
+            assert json.loads(done.stdout.splitlines()[-1]).items() >= result.items()
+        else:
+            assert [row["path"] for row in json.loads(done.stdout)] == ["sounds/tabla_loop_44k.mp3"] * 2
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from bat_audio_tools.settings import PretrainSettings
 from bat_audio_tools.sounds.listing import list_inputs
 from bat_audio_tools.training.masked_clips import MaskedClips, Recordings
 from bat_audio_tools.training.masked_regression import MaskedRegression
-from bat_audio_tools.training.trainer import read_config
+from bat_audio_tools.training.trainer import config_from_json
 
 MASKS = {"count": 3, "grid": (4, 8), "keep": 0.3, "block": 3}
 SECONDS = 0.64  # of the tiny encoder's input
@@ -546,8 +546,8 @@ def test_config_that_is_no_object_is_refused(options, tmp_path, written):
 def test_fields_of_every_config_are_known(tmp_path):
     of_transformers_4 = {"architectures": ["BatModel"], "torch_dtype": "float32", "use_cache": True, "num_labels": 2}
     (tmp_path / "config.json").write_text(json.dumps(of_transformers_4))
-    read_config(tmp_path / "config.json")
+    config_from_json(tmp_path / "config.json")
     labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}, "problem_type": "multi_label_classification"}
     BatForAudioClassification(tiny_config(**labels)).save_pretrained(tmp_path)
     for folder in (ROOT, tmp_path):
-        read_config(folder / "config.json")
+        config_from_json(folder / "config.json")

@@ -4,20 +4,29 @@ Help, completion and errors of usage come at once: torch, Transformers and what 
 `begin_work`, when a command has checked all that it can without them.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import typer
 
-from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings, StartError, check_export
+from bat_audio_tools.settings import (
+    EmbedSettings,
+    FinetuneSettings,
+    PretrainSettings,
+    StartError,
+    check_export,
+    check_head_pooling,
+    check_part,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 WRONG_FILES = (FileNotFoundError, FileExistsError)
@@ -30,6 +39,19 @@ Untrained = Annotated[bool, typer.Option("--untrained", help="Take random weight
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")]
 Start = Annotated[float, typer.Option(help="Where the part of the recording begins, in seconds.")]
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
+
+
+class UsageError(ValueError):
+    """What is wrong with the options or inputs, as far as it can be told before the work begins."""
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """Make usage errors of the errors of checks that come before the work."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def print_version(is_asked: bool):
@@ -47,7 +69,7 @@ def program(
     """Embed recordings, look at them and search them; fine-tune, convert, export and publish BAT models.
 
     Commands say on stderr what they do, and end with their result on stdout. The exit status is 0, 1 where something
-    failed, 2 for wrong options and inputs, and 130 after Ctrl-C.
+    failed, 2 for wrong options and for inputs that are not there, and 130 after Ctrl-C.
     """
 
 
@@ -68,7 +90,7 @@ def command(function: Callable, usage_errors: tuple[type[Exception], ...], goes_
             if "in DataLoader worker process" in message:  # Its last line, after a traceback, says what is wrong.
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(2 if isinstance(error, usage_errors) else 1) from error
+            raise typer.Exit(2 if isinstance(error, (UsageError, *usage_errors)) else 1) from error
         except KeyboardInterrupt as interrupt:
             resumed = f"; the same command goes on from {goes_on_from}" if goes_on_from else ""
             typer.echo(f"interrupted{resumed}", err=True)
@@ -153,9 +175,13 @@ def show(
     from bat_audio_tools.names import check_checkpoint, check_file
 
     numbers = None if heads is None else numbers_in(heads, "--heads")
-    check_picture(out)
-    check_file(source)
-    check_checkpoint(checkpoint)
+    with checking():
+        check_picture(out)
+        check_file(source)
+        check_part(start, duration)
+        check_checkpoint(checkpoint)
+        if untrained and checkpoint:
+            raise ValueError("--untrained takes random weights, so it takes no --checkpoint.")
     begin_work("loading the encoder")
     from bat_audio_tools.show import show
 
@@ -183,9 +209,11 @@ def similar(
     """
     from bat_audio_tools.names import check_checkpoint, check_file, check_folder
 
-    check_file(query)
-    check_folder(table)
-    check_checkpoint(checkpoint)
+    with checking():
+        check_file(query)
+        check_folder(table)
+        check_part(start, duration)
+        check_checkpoint(checkpoint)
     begin_work("loading the encoder")
     from bat_audio_tools.similar import similar
 
@@ -206,15 +234,18 @@ def finetune(**options):
     bat-audio finetune train.csv --validation test.csv -o my-model --epochs 20
     accelerate launch -m bat_audio_tools.cli finetune sounds/ -o my-model
     """
-    from bat_audio_tools.names import check_checkpoint
+    from bat_audio_tools.names import check_checkpoint, check_file
     from bat_audio_tools.sounds.manifests import check_source
     from bat_audio_tools.training.folder import training_folder
 
-    settings = FinetuneSettings(**options)
-    for source in filter(None, (settings.train, settings.validation)):
-        check_source(source)
-    check_checkpoint(settings.checkpoint)
-    training_folder(Path(settings.out))
+    with checking():
+        settings = FinetuneSettings(**options)
+        for source in filter(None, (settings.train, settings.validation)):
+            check_source(source)
+        check_checkpoint(settings.checkpoint)
+        if settings.config is not None:
+            check_file(settings.config)
+        training_folder(Path(settings.out))
     begin_work("reading the sounds and loading the encoder")
     from bat_audio_tools.finetune import finetune
 
@@ -235,18 +266,21 @@ def pretrain(named_data: list[str] | None, **options):
 
     The defaults are the authors' settings. A run that was stopped goes on when the command is repeated.
     """
-    from bat_audio_tools.names import check_checkpoint
+    from bat_audio_tools.names import check_checkpoint, check_file
     from bat_audio_tools.sounds.manifests import check_source
     from bat_audio_tools.training.folder import training_folder
 
     options["data"] = [*(options["data"] or ()), *(named_data or ())]
     if not options["data"]:
         raise typer.BadParameter("name the sounds to train on: files, folders, globs, lists or a dataset.")
-    settings = PretrainSettings(**options)
-    for source in settings.data:
-        check_source(source)
-    check_checkpoint(settings.init)
-    training_folder(Path(settings.out))
+    with checking():
+        settings = PretrainSettings(**options)
+        for source in settings.data:
+            check_source(source)
+        check_checkpoint(settings.init)
+        if settings.config is not None:
+            check_file(settings.config)
+        training_folder(Path(settings.out))
     begin_work("reading the sounds and loading the encoder")
     from bat_audio_tools.pretrain import pretrain
 
@@ -280,10 +314,13 @@ def embed(**options):
     from bat_audio_tools.names import check_checkpoint
     from bat_audio_tools.sounds.manifests import check_source
 
-    settings = EmbedSettings(**options)
-    for source in settings.inputs:
-        check_source(source)
-    check_checkpoint(settings.checkpoint)
+    with checking():
+        settings = EmbedSettings(**options)
+        for source in settings.inputs:
+            check_source(source)
+        check_checkpoint(settings.checkpoint)
+        if os.path.isfile(settings.out):
+            raise ValueError(f"{settings.out}: a file; name a folder to write (--out).")
     begin_work("listing the recordings and loading the encoder")
     from bat_audio_tools.embed import embed
 
@@ -318,9 +355,11 @@ def convert(
     from bat_audio_tools.folders import check_new
     from bat_audio_tools.names import check_file
 
-    check_new(out)
-    for file in filter(None, (source, config, labels)):
-        check_file(file)
+    with checking():
+        check_new(out)
+        check_head_pooling(head_pooling)
+        for file in filter(None, (source, config, labels)):
+            check_file(file)
     begin_work(f"reading {source}")
     from bat_audio_tools.convert import convert
 
@@ -348,12 +387,10 @@ def export(
     from bat_audio_tools.folders import check_new
     from bat_audio_tools.names import check_checkpoint
 
-    try:
+    with checking():
         check_export(format, from_waveform, num_frames, int8)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    check_checkpoint(checkpoint)
-    check_new(out)
+        check_checkpoint(checkpoint)
+        check_new(out)
     begin_work("loading and exporting the model")
     from bat_audio_tools.export import export
 
@@ -377,9 +414,12 @@ def publish(
     \b
     bat-audio publish my-model me/my-model --private
     """
-    from bat_audio_tools.names import check_folder
+    from bat_audio_tools.names import check_folder, check_model_folder, check_repository
 
-    check_folder(folder)
+    with checking():
+        check_folder(folder)
+        check_model_folder(folder)
+        check_repository(repository)
     begin_work("assembling the repository and checking that it loads")
     from bat_audio_tools.publish import publish
 

@@ -40,8 +40,8 @@ from bat_audio_tools.training.examples import Example, check_clips, label_names,
 from bat_audio_tools.training.folder import claim, last_whole_checkpoint, training_folder
 from bat_audio_tools.training.trainer import (
     BatTrainer,
+    config_from_json,
     parameter_groups,
-    read_config,
     training_arguments,
 )
 
@@ -155,7 +155,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, float]:
 def build_model(settings: FinetuneSettings, labels: list[str], multi_label: bool) -> BatForClassification:
     """The encoder of the settings with a new head for these labels, frozen where they say so."""
     if settings.untrained:
-        config = BatConfig() if settings.config is None else read_config(settings.config)
+        config = BatConfig() if settings.config is None else config_from_json(settings.config)
         encoder = BatModel(config)
     else:
         encoder = load_pretrained_encoder(checkpoint=settings.checkpoint)

@@ -6,10 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock
-from huggingface_hub.utils.sha import sha_fileobj
-
 PICTURES = (".png", ".pdf", ".svg")
 LOCK_WAIT = 10  # Seconds to wait, because the workers of a killed run hold its lock until they notice, after 5 s.
 
@@ -17,6 +13,9 @@ LOCK_WAIT = 10  # Seconds to wait, because the workers of a killed run hold its 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be; an OSError says that one is in it."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
+
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -69,5 +68,7 @@ def check_picture(out: Path):
 
 def file_digest(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
+    from huggingface_hub.utils.sha import sha_fileobj
+
     with file.open("rb") as content:
         return sha_fileobj(content).hex()

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 
 def is_address(path: str) -> bool:
     """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
@@ -26,6 +24,15 @@ def check_folder(path: str | Path):
         raise FileNotFoundError(f"{path}: no such folder.")
 
 
+def check_model_folder(folder: Path):
+    """Raise a FileNotFoundError if there is no config.json in a folder."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model: no config.json. Expected a folder that save_pretrained, bat-audio convert or "
+            "bat-audio finetune wrote, or a checkpoint folder of Trainer."
+        )
+
+
 def check_checkpoint(checkpoint: str | None):
     """Raise a FileNotFoundError if nothing is there, and the name cannot be one of the Hub; None is always right."""
     if checkpoint is not None and not os.path.exists(checkpoint) and not hub_id(checkpoint):
@@ -39,11 +46,25 @@ def hub_id(value: Any) -> str | None:
     """The value, if it may be the name of a Hub repository and is no file here."""
     if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
         return None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # This takes longer than most answers.
+
     try:
         validate_repo_id(value)
     except HFValidationError:
         return None
     return value
+
+
+def check_repository(repo_id: str):
+    """Raise an OSError if a name is not that of a Hub repository with its namespace."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("it has no namespace")
+    except HFValidationError as error:
+        raise OSError(f'repo_id={repo_id!r} is not of the form "namespace/name": {error}') from error
 
 
 def public_name(value: Any) -> str:

@@ -29,8 +29,8 @@ from bat_audio_tools.training.masked_clips import MaskedClips, Recordings
 from bat_audio_tools.training.masked_regression import MaskedRegression, block_masks
 from bat_audio_tools.training.trainer import (
     BatTrainer,
+    config_from_json,
     parameter_groups,
-    read_config,
     training_arguments,
 )
 
@@ -153,7 +153,7 @@ def build_encoder(settings: PretrainSettings) -> BatModel:
     if settings.init is None:
         if settings.config is None:
             return BatModel(BatConfig())
-        return BatModel(read_config(settings.config))
+        return BatModel(config_from_json(settings.config))
     pretrained = load_pretrained_encoder(checkpoint=settings.init)
     encoder = BatModel(BatConfig(**pretrained.config.to_dict()))
     encoder.load_state_dict(pretrained.state_dict())

@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 
 from bat_audio import modeling_bat
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.modeling_bat import AUTO_MAP, BatModel, BatPreTrainedModel
 from bat_audio.processing_bat import BatFeatureExtractor
+from bat_audio_tools.names import check_model_folder, check_repository
 from bat_audio_tools.training.card import write_card, write_encoder_card
 
 PACKAGE = Path(modeling_bat.__file__).parent
@@ -97,7 +98,7 @@ def publish(
         ImportError: a card with plots is to be made here, and matplotlib is missing.
     """
     folder = Path(folder)
-    _check_repo_id(repo_id)
+    check_repository(repo_id)
     if not dry_run:
         with _hub_errors(repo_id):
             _check_access()
@@ -140,11 +141,7 @@ def load_folder(folder: Path) -> BatPreTrainedModel:
     """The model in a folder by its own class, in the dtype of its weights."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds a PEFT adapter. Merge it first (merge_and_unload) and save the merged model.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no model: no config.json. Expected a folder that save_pretrained, bat-audio convert or "
-            "bat-audio finetune wrote, or a checkpoint folder of Trainer."
-        )
+    check_model_folder(folder)
     settings, _ = BatConfig.get_config_dict(folder)
     architecture = (settings.get("architectures") or ["BatModel"])[0]
     if settings.get("model_type") != BatConfig.model_type or architecture not in AUTO_CLASSES:
@@ -270,15 +267,6 @@ def upload(files: dict[str, Path], repo_id: str, private: bool, revision: str | 
         repo_id, operations, commit_message=message, revision=revision, parent_commit=present.sha
     )
     return commit.commit_url
-
-
-def _check_repo_id(repo_id: str):
-    try:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it has no namespace")
-    except HFValidationError as error:
-        raise OSError(f'repo_id={repo_id!r} is not of the form "namespace/name": {error}') from error
 
 
 def _check_access():

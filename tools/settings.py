@@ -4,6 +4,7 @@ The fields of these classes, with their help, are the options of the command lin
 else, so this file imports nothing that takes time.
 """
 
+import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -40,6 +41,8 @@ POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
 SEGMENT = 10.24  # The published encoder takes so many seconds at once.
 EXPORT_FORMATS = ("onnx", "pt2")
+HEADS = ("linear", "linear_cgp", "cgp", "protobin")  # As in `BatConfig`, whose import would take seconds.
+HEAD_POOLINGS = ("cls", "mean")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -137,6 +140,9 @@ class FinetuneSettings:
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not known; expected {' or '.join(PRESETS)}.")
+        if self.head not in (None, *HEADS):
+            raise ValueError(f"head={self.head!r} is not known; expected {', '.join(HEADS)}.")
+        check_head_pooling(self.head_pooling)
         if self.untrained and self.checkpoint:
             raise ValueError("untrained starts from random weights, so it takes no checkpoint.")
         if self.config and not self.untrained:
@@ -358,6 +364,17 @@ class EmbedSettings(RowSettings):
         return {**settings, **dict(zip(("segment", "hop"), self.window or (None, None), strict=True))}
 
 
+def check_head_pooling(head_pooling: str):
+    if head_pooling not in HEAD_POOLINGS:
+        raise ValueError(f"head_pooling={head_pooling!r} is not known; expected {' or '.join(HEAD_POOLINGS)}.")
+
+
+def check_part(start: float, duration: float | None):
+    """Raise a ValueError for a part of a recording, in seconds, that cannot be."""
+    if not 0 <= start < math.inf or not (duration is None or 0 < duration < math.inf):
+        raise ValueError(f"start={start} must be at least 0 s and duration={duration} above 0 s, both finite.")
+
+
 def check_export(format: str, from_waveform: bool, num_frames: int | None, int8: bool):
     """Raise a ValueError for options of `export` that are not known or exclude each other."""
     if format not in EXPORT_FORMATS:
@@ -369,3 +386,5 @@ def check_export(format: str, from_waveform: bool, num_frames: int | None, int8:
             f"num_frames={num_frames} is for from_waveform, where the graph makes the features; without it they come "
             "from the caller, who cuts or pads them."
         )
+    if num_frames is not None and (num_frames < 16 or num_frames % 16):
+        raise ValueError(f"num_frames={num_frames} must be a positive multiple of 16.")

@@ -408,19 +408,19 @@ class BatModel(BatPreTrainedModel):
         whole batch and takes less memory. Elsewhere a pass has a chunk of every clip, and more if the limit allows.
         """
         most, batch, chunk = self.config.max_chunks_per_pass, features.shape[0], self.config.chunk_time_patches
-        if features.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            most = max(most, batch)
-        else:
-            most = min(most, torch.get_num_threads())
+        splits_batch = features.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        most = min(most, torch.get_num_threads()) if splits_batch else max(most, batch)
         time_patches = features.shape[2] // self.config.patch_size[0]
-        passes, start, whole_chunks = [], 0, time_patches // chunk
-        while start * chunk < time_patches:
-            rows, stop = most, min(start + max(1, most // batch), whole_chunks)
-            if start == whole_chunks:
-                rows, stop = most * chunk // (time_patches - start * chunk), start + 1
-            passes += [(slice(clip, clip + rows), slice(start, stop)) for clip in range(0, batch, rows)]
-            start = stop
-        return passes
+        whole_chunks, step = time_patches // chunk, max(1, most // batch)
+        passes = [(start, min(start + step, whole_chunks), most) for start in range(0, whole_chunks, step)]
+        rest = time_patches - whole_chunks * chunk
+        if rest:
+            passes.append((whole_chunks, whole_chunks + 1, most * chunk // rest))
+        return [
+            (clips, slice(start, stop))
+            for start, stop, rows in passes
+            for clips in ([slice(i, i + rows) for i in range(0, batch, rows)] if splits_batch else [slice(None)])
+        ]
 
     def _encode_passes(
         self, features: torch.Tensor, output_hidden_states: bool, output_attentions: bool, head: "BlockReader | None"
@@ -434,12 +434,15 @@ class BatModel(BatPreTrainedModel):
         batch, _, frames, mels = features.shape
         (patch_frames, _), (_, mel_patches) = self.config.patch_size, self.config.grid_size
         time_patches, chunk = frames // patch_frames, self.config.chunk_time_patches
-        num_chunks, num_tokens = -(-time_patches // chunk), 1 + time_patches * mel_patches
+        passes = self._passes(features)
+        num_chunks, num_tokens = passes[-1][1].stop, 1 + time_patches * mel_patches
         layers = [None] * (1 + len(self.blocks) if output_hidden_states else 1)
         cls_of_chunks, attentions = [None] * len(layers), [None] * (len(self.blocks) if output_attentions else 0)
         cls_tokens = patch_mix = None
-        for clips, chunks in self._passes(features):
-            times = slice(chunks.start * chunk, min(chunks.stop * chunk, time_patches))
+        for clips, chunks in passes:
+            # As a condition and not as min(), which torch.compile would carry along as an expression of the length.
+            end = time_patches if chunks.stop * chunk > time_patches else chunks.stop * chunk
+            times = slice(chunks.start * chunk, end)
             by_clip = (-1, chunks.stop - chunks.start)  # (B, C), into which `unflatten` takes the rows apart
             rows = features[clips, :, times.start * patch_frames : times.stop * patch_frames]
             rows = rows.reshape(-1, 1, rows.shape[2] // by_clip[1], mels)  # (B*C, 1, T, M)
@@ -454,7 +457,7 @@ class BatModel(BatPreTrainedModel):
                 layers[i] = put(layers[i], tokens[:, :, 1:].flatten(1, 2), num_tokens, places)
                 cls_of_chunks[i] = put(cls_of_chunks[i], tokens[:, :, 0], num_chunks, chunks)
             for i, weights in enumerate(part.attentions):  # Those of a shorter chunk are filled up with zeros.
-                filling = 1 + min(chunk, time_patches) * mel_patches - weights.shape[3]
+                filling = 1 + (chunk if num_chunks > 1 else time_patches) * mel_patches - weights.shape[3]
                 weights = nn.functional.pad(weights, (0, filling) * 2).unflatten(0, by_clip)  # (B, C, H, S, S)
                 attentions[i] = put(attentions[i], weights, num_chunks, chunks)
             if part.cls_tokens is not None:
@@ -462,6 +465,7 @@ class BatModel(BatPreTrainedModel):
             if part.patch_mix is not None:
                 mix = part.patch_mix.transpose(1, 2).unflatten(0, by_clip).flatten(1, 2)  # (B, t, D, f or 1)
                 patch_mix = put(patch_mix, mix, time_patches, times)
+            part = tokens = weights = mix = None  # Otherwise they would live through the next pass.
         if num_chunks > 1:
             for tokens, cls in zip(layers, cls_of_chunks, strict=True):
                 tokens[:, 0] = cls.mean(dim=1)

@@ -31,8 +31,8 @@ PARTIAL = ".partial-"  # The names of unfinished files begin with this.
 FOOTER = "bat_audio"  # A shard's footer has under this key what the shard says about itself.
 
 
-def row_schema(width: int, pool: str, layers: list[int], frames: bool, float16: bool) -> pa.Schema:
-    """The columns of the table for an encoder of this width; see the README."""
+def row_schema(width: int, pool: str, layers: list[int], tokens: bool, float16: bool) -> pa.Schema:
+    """The columns of the table for an encoder of this width; see docs/embed.md."""
     value = pa.float16() if float16 else pa.float32()
     vector = pa.list_(value, width)
     return pa.schema(
@@ -40,7 +40,7 @@ def row_schema(width: int, pool: str, layers: list[int], frames: bool, float16: 
             **PLACE,
             "embedding": pa.list_(value, width * len(pool.split("+"))),
             **{f"cls_{number}": vector for number in layers},
-            **({"tokens": pa.list_(vector)} if frames else {}),
+            **({"tokens": pa.list_(vector)} if tokens else {}),
         }
     )
 

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.processing_bat import (
-    MAX_AMPLITUDE,
-)
+from bat_audio.processing_bat import MAX_AMPLITUDE
 from bat_audio_tools.settings import EmbedSettings
 from bat_audio_tools.sounds.reading import Input, known_seconds, load_any, opened, sound_blocks
 

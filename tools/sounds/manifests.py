@@ -11,9 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-from huggingface_hub.errors import HTTPError
-
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import hub_id, is_address
 
@@ -112,6 +109,8 @@ def manifest_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
 
 @contextlib.contextmanager
 def _open_manifest(file: str) -> Iterator["csv.DictReader | pyarrow.parquet.ParquetFile"]:  # noqa: F821
+    import fsspec
+
     with fsspec.open(file, "rb") as content:
         if file.lower().endswith(".csv"):
             try:
@@ -132,6 +131,8 @@ def load_named_dataset(source: str | Path) -> "datasets.Dataset | datasets.Datas
     Raises:
         OSError: it looks like a name on the Hub, but there is no such dataset.
     """
+    from huggingface_hub.errors import HTTPError
+
     path = Path(source)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return require("datasets").load_from_disk(str(path))

@@ -32,7 +32,7 @@ class BatTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-def read_config(path: str | Path) -> BatConfig:
+def config_from_json(path: str | Path) -> BatConfig:
     """Read the config of a new encoder from a JSON file with some fields of BatConfig.
 
     Raises:
