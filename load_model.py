@@ -18,6 +18,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+if __name__ == "__main__":
+    # The program has no use for torchao, which Transformers would import, for a second and with two warnings.
+    sys.modules.setdefault("torchao", None)
+
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
@@ -334,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.untrained:
         print(f"*** {UNTRAINED_NOTICE} ***", flush=True)
+    logging.disable_progress_bar()  # Loading the weights takes a second.
     try:
         model = load_pretrained_encoder(device, checkpoint=options.checkpoint, untrained=options.untrained)
         processor = load_audio_processor(device, num_frames=None)

@@ -1,10 +1,16 @@
 """`make demo`: which of the sounds in examples/ sound alike, by BAT-tiny where the published weights cannot be had."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    # The demo has no use for torchao, which Transformers would import, for a second and with two warnings.
+    sys.modules.setdefault("torchao", None)
+
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from bat_audio.load_model import find_weights, load_audio_processor, load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
@@ -15,6 +21,7 @@ BAT_TINY = EXAMPLES / "bat-tiny"
 
 
 def demo():
+    disable_progress_bar()  # Loading the weights takes a second.
     sounds = sorted(file for file in EXAMPLES.iterdir() if file.suffix in (".flac", ".mp3", ".ogg", ".wav"))
     try:
         model = load_pretrained_encoder(checkpoint=find_weights())

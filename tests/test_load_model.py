@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_model
+from conftest import ROOT, run, run_python, tiny_model
 from hub_server import SHORT_PAUSES, HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -371,3 +371,12 @@ def test_demo_with_weights_takes_them(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "demonstration model" not in printed
     assert "1.00" in printed
+
+
+@pytest.mark.slow
+def test_the_program_prints_nothing_but_its_result(tmp_path):
+    """No warnings of torch and torchao, and no bar of loading the weights."""
+    command = [sys.executable, ROOT / "load_model.py", ROOT / "examples" / "speech_en_8k.wav"]
+    printed = run([*map(str, command), "--checkpoint", str(ROOT / "examples" / "bat-tiny")], cwd=tmp_path)
+    assert printed.stderr == ""
+    assert len(printed.stdout.splitlines()) == 1

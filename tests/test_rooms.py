@@ -1,4 +1,7 @@
-"""The rooms of the tools stand on the map, and each imports only rooms below it, as `bat_audio_tools` says."""
+"""The rooms of the tools stand on the map, and each imports only rooms below it, as `bat_audio_tools` says.
+
+What is counted are imports of one room by another; the package's own file, which starts the program, is no room.
+"""
 
 import ast
 import re
