@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from dataclasses import fields
 
 import pytest
 import typer.main
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from bat_audio.configuration_bat import HEAD_CHOICES
 from bat_audio_tools.cli import app
-from bat_audio_tools.settings import HEAD_POOLINGS, HEADS
+from bat_audio_tools.settings import HEAD_POOLINGS, HEADS, FinetuneSettings
+from bat_audio_tools.training import card
 
 COMMANDS = typer.main.get_command(app).commands
 BAT_TINY = str(ROOT / "examples" / "bat-tiny")
@@ -114,6 +116,9 @@ def test_ctrl_c_is_one_line(arguments, message, monkeypatch):
 def test_heads_are_those_of_the_config():
     """The settings name them again, because importing the config takes seconds."""
     assert (HEAD_CHOICES["head_type"], HEAD_CHOICES["head_pooling"]) == (HEADS, HEAD_POOLINGS)
+    assert tuple(card.HEADS) == HEADS  # each is described on the model card
+    help_of_head = next(item.metadata["help"] for item in fields(FinetuneSettings) if item.name == "head")
+    assert all(name in help_of_head for name in HEADS)
 
 
 def test_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
