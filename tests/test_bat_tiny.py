@@ -152,9 +152,9 @@ def test_build_makes_what_is_missing(tmp_path, monkeypatch):
     assert {weight.dtype for weight in load_file(work / "model" / "model.safetensors").values()} == {torch.float16}
     assert load_pretrained_encoder(checkpoint=work / "model").dtype == torch.float32
     assert {file.name for file in BAT_TINY.glob("*.*")} <= {file.name for file in (work / "model").glob("*.*")}
-    made, shipped = (json.loads((folder / "config.json").read_text()) for folder in (work / "model", BAT_TINY))
+    stored, shipped = (json.loads((folder / "config.json").read_text()) for folder in (work / "model", BAT_TINY))
     for name in ("auto_map", "custom_pipelines", "dtype"):
-        assert made[name] == shipped[name]
+        assert stored[name] == shipped[name]
     assert model.num_parameters() < 3e6
     assert sum(file.stat().st_size for file in (work / "model").rglob("*") if file.is_file()) < 8e6
     results = json.loads((work / "model" / "results.json").read_text())

@@ -236,7 +236,7 @@ def test_presets_are_the_authors():
         ({"batch_size": 0}, "batch_size=0"),
         ({"warmup": 5}, "warmup=5"),
         ({"gradient_accumulation": 3}, "batch_size=8 must be a multiple of 3"),
-        ({"head": "mlp"}, "head_type='mlp'"),
+        ({"head": "mlp"}, "head='mlp' is not known"),
         ({"mixup": 2.0}, "mixup"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"layer_decay": -1.0}, "layer_decay=-1.0"),
