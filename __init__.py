@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForAudioFrameClassification,
 )
 
+from .audio_bat import Sound, load_audio, resample
 from .configuration_bat import BatConfig
 from .load_model import load_audio_processor, load_pretrained_encoder
 from .modeling_bat import (
@@ -18,7 +19,7 @@ from .modeling_bat import (
     BatModelOutput,
     BatPreTrainedModel,
 )
-from .processing_bat import BatAudioProcessor, BatFeatureExtractor, load_audio, resample
+from .processing_bat import BatAudioProcessor, BatFeatureExtractor
 
 AutoConfig.register(BatConfig.model_type, BatConfig)
 AutoModel.register(BatConfig, BatModel)
@@ -36,6 +37,7 @@ __all__ = [
     "BatModel",
     "BatModelOutput",
     "BatPreTrainedModel",
+    "Sound",
     "load_audio",
     "load_audio_processor",
     "load_pretrained_encoder",

@@ -54,10 +54,10 @@ def broken_files(folder: Path) -> dict[str, str | None]:
 
     whole, header_rate = wav(noise), 24  # the offset of the rate in a WAV header
     contents = {
-        "empty.wav": (b"", "Format not recognised|System error"),
+        "empty.wav": (b"", "the file is empty"),
         "truncated.wav": (whole[:9000], "truncated"),
         "truncated.flac": (wav(noise, form="FLAC")[:9000], "truncated|lost sync|flac"),
-        "text.wav": (b"These are words, and no sound at all.\n" * 50, "Format not recognised"),
+        "text.wav": (b"These are words, and no sound at all.\n" * 50, "it holds text, no sound"),
         "nan.wav": (wav(np.full(16000, np.nan), subtype="FLOAT"), "NaN"),
         "zero_rate.wav": (whole[:header_rate] + bytes(4) + whole[header_rate + 4 :], "rate|sound|audio"),
         "one_sample.wav": (wav(noise[:1]), "1 samples are too few"),

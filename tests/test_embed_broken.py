@@ -18,7 +18,6 @@ from embed_tables import RATE, broken_files, read, read_errors, run_embed
 from bat_audio import load_audio, load_pretrained_encoder
 from bat_audio_tools.embedding import encoder, windows
 from bat_audio_tools.embedding.windows import BrokenRecordingError
-from bat_audio_tools.sounds import reading
 from bat_audio_tools.sounds.reading import Input
 
 
@@ -67,7 +66,7 @@ def test_files_that_kill_their_process(workers, recordings, checkpoint, tmp_path
         return load_audio(source, start, *arguments)
 
     run_embed([str(recordings)], tmp_path / "whole", checkpoint, num_frames=16)
-    monkeypatch.setattr(reading, "load_audio", load)
+    monkeypatch.setattr(windows, "load_audio", load)
     monkeypatch.setattr(windows, "PART_SECONDS", 10)
     run_embed([str(recordings)], tmp_path / "out", checkpoint, workers=workers, num_frames=16)
     errors = [(Path(row["path"]).name, row["start_s"], row["end_s"]) for row in read_errors(tmp_path / "out")]

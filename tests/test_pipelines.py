@@ -1,8 +1,6 @@
 """Pipelines: every kind of clip, any batch, and every door give what the model and the extractor give by hand."""
 
 import json
-import shutil
-import subprocess
 from types import SimpleNamespace
 
 import datasets
@@ -13,14 +11,12 @@ import torch
 from conftest import run_python, tiny_config, tiny_model
 from hub_server import HubServer
 from transformers import AudioClassificationPipeline
-from transformers.pipelines.audio_classification import ffmpeg_read
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, load_audio
 from bat_audio import pipeline_bat as pipelines
 from bat_audio.pipeline_bat import BatAudioClassificationPipeline, BatFeatureExtractionPipeline
 
 LABELS = ["rain", "wind", "frog", "bird", "gust", "hail"]
-NEEDS_FFMPEG = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg program")
 
 
 def noise(seconds, seed=0, rate=16000):
@@ -198,8 +194,6 @@ def test_transformers_own_pipeline_agrees(sound):
     stock, ours = classifier(AudioClassificationPipeline), classifier()
     for clips in (waveform, [waveform, CLIPS[2]]):
         assert str(stock(clips)) == str(ours(clips))
-    if shutil.which("ffmpeg"):
-        assert as_dict(stock(str(path))) == pytest.approx(as_dict(ours(str(path))), rel=1e-5)
 
 
 def test_half_precision():
@@ -219,28 +213,15 @@ def test_embedding_of_a_model_with_a_head_is_its_encoders():
     assert pipes[0](CLIPS[0]) == pipes[1](CLIPS[0])
 
 
-@NEEDS_FFMPEG
-def test_other_formats_go_through_ffmpeg(sound, tmp_path):
-    path, _ = sound
-    subprocess.run(["ffmpeg", "-loglevel", "error", "-i", path, tmp_path / "sound.m4a"], check=True)
-    with pytest.raises(ValueError, match="Format not recognised"):
-        load_audio(tmp_path / "sound.m4a")
-    content = (tmp_path / "sound.m4a").read_bytes()
-    pipe = embedder()
-    for clip in (tmp_path / "sound.m4a", content):
-        assert pipe(clip) == pipe(ffmpeg_read(content, 16000))
-
-
 def test_text_is_no_sound(tmp_path):
     (tmp_path / "notes.txt").write_text("no sound " * 100)
-    with pytest.raises(ValueError, match=r"notes\.txt: cannot be read as audio.*ffmpeg"):
+    with pytest.raises(ValueError, match=r"notes\.txt: cannot be read as audio: it holds text"):
         embedder()(tmp_path / "notes.txt")
 
 
-def test_damaged_files_are_not_repaired_by_ffmpeg(sound, monkeypatch):
+def test_damaged_files_are_not_repaired(sound):
     path, _ = sound
-    path.write_bytes(path.read_bytes()[:-1000])
-    monkeypatch.setattr(pipelines, "ffmpeg_read", lambda *_: noise(1))
+    path.write_bytes(path.read_bytes()[:-4000])
     for pipe in (embedder(), classifier()):
         with pytest.raises(ValueError, match="truncated"):
             pipe(path)

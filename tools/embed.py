@@ -182,9 +182,9 @@ def embed(settings: EmbedSettings) -> dict[str, float]:
         StartError: weights cannot be had, or the folder cannot be written or is in use by another run.
         BrokenRecordingError: a recording is broken and the settings are strict, or embeddings are not finite.
         OSError: the table cannot be written further, memory is lacking, or a process was killed.
-        ImportError: soundfile, soxr, pyarrow or Ray is missing.
+        ImportError: av, soundfile, soxr, pyarrow or Ray is missing.
     """
-    for library in ("soundfile", "soxr"):
+    for library in ("av", "soundfile", "soxr"):
         require(library, "embed")
     sources = settings.inputs if isinstance(settings.inputs, list | tuple) else [settings.inputs]
     table = Table(settings.out)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers.audio_utils import hertz_to_mel
 
+from bat_audio.audio_bat import load_audio
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.load_model import load_pretrained_encoder
 from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio_tools.folders import check_picture, whole
 from bat_audio_tools.machine import pick_device, require
-from bat_audio_tools.sounds.reading import load_any
 
 DPI = 120  # This counts for PDF and SVG too, which hold some parts as pixels.
 # A waveform is drawn with at most so many places, which is more than there are pixels in a row.
@@ -225,7 +225,7 @@ def show(
     wrong = [head for head in heads or () if not 1 <= head <= config.num_attention_heads]
     if wrong:
         raise ValueError(f"heads={wrong}: each block has the heads 1 to {config.num_attention_heads}.")
-    waveform = load_any(str(source), start, duration, config.sample_rate)
+    waveform = load_audio(source, start, duration, config.sample_rate)
     view = look(model, waveform, block)
     figure = draw(view, config, name=Path(source).name, block=block, heads=heads, start=start)
     if untrained:

@@ -19,13 +19,14 @@ from pyarrow import parquet
 from torch import nn
 from transformers.utils import logging
 
+from bat_audio.audio_bat import load_audio
 from bat_audio_tools.embedding.encoder import Encoder, encoder_config
 from bat_audio_tools.embedding.windows import Window
 from bat_audio_tools.folders import file_digest
 from bat_audio_tools.names import check_file
 from bat_audio_tools.settings import RowSettings
 from bat_audio_tools.sounds.listing import Plan
-from bat_audio_tools.sounds.reading import Input, load_any, opened
+from bat_audio_tools.sounds.reading import Input, opened
 
 PLACE = ["id", "path", "start_s", "end_s"]  # These columns tell which part of which recording a row is.
 # A recording that is longer than so many segments of the table can hardly be compared with them.
@@ -91,7 +92,7 @@ def similar(
             "embeddings cannot be compared. Name the table's own checkpoint (--checkpoint)."
         )
     with opened(str(query), None) as source:
-        samples = load_any(source, start, duration, config.sample_rate).numpy()
+        samples = load_audio(source, start, duration, config.sample_rate).numpy()
     seconds = len(samples) / config.sample_rate
     if seconds > LONG_QUERY * segment:
         logger.warning(

@@ -3,21 +3,21 @@
 config.json names them under `custom_pipelines`, so that `pipeline(task, model=..., trust_remote_code=True)` finds them.
 """
 
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.utils import get_session
 from transformers import AudioClassificationPipeline, Pipeline
-from transformers.pipelines.audio_classification import ffmpeg_read
 from transformers.utils import ModelOutput
 
-from .processing_bat import PATCH_FRAMES, UNKNOWN_FORMAT, _as_tensor, fit_frames
+from .audio_bat import load_audio
+from .processing_bat import PATCH_FRAMES, _as_tensor, fit_frames
 
 SCORE_FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
 EXPECTED_CLIP = (
-    "expected one mono clip as a path, URL, bytes of a sound file, array or tensor (samples,), or a dict with "
+    "expected one mono clip as a path, URL, sound file or its bytes, array or tensor (samples,), or a dict with "
     "sampling_rate and array, or a list of such clips"
 )
 
@@ -25,10 +25,10 @@ EXPECTED_CLIP = (
 class BatAudioPipeline(Pipeline):
     """What BAT's pipelines share: reading one clip, and running clips of different lengths in one batch.
 
-    A clip is a path, an http(s) URL or the bytes of a sound file; an array or tensor (samples,) at the extractor's
+    A clip is a path, an http(s) URL, an open sound file or its bytes; an array or tensor (samples,) at the extractor's
     rate, floating point in -1..1 or int16; a dict with `array` (or `raw`) and its `sampling_rate`, or with `bytes` or
-    `path`; or an audio column's decoder. Clips of another rate are resampled as in BAT's training. What libsndfile does
-    not read (m4a, webm, ...) goes through the ffmpeg program, as in Transformers.
+    `path`; or an audio column's decoder. Sound files may have any format, see `load_audio`. Clips of another rate are
+    resampled as in BAT's training.
 
     Clips up to the extractor's `num_frames` (10.24 s) are zero-padded to it, as in training. Longer ones run whole, in
     chunks. No clip's result depends on what it is batched with.
@@ -70,8 +70,8 @@ class BatAudioPipeline(Pipeline):
             response = get_session().get(clip, timeout=60)
             response.raise_for_status()
             clip = response.content
-        if isinstance(clip, str | Path | bytes | bytearray):
-            return self._read_file(clip)
+        if isinstance(clip, str | os.PathLike | bytes | bytearray) or hasattr(clip, "read"):
+            return load_audio(clip, sampling_rate=rate)
         if not isinstance(clip, torch.Tensor | np.ndarray):
             raise ValueError(f"Got {type(clip).__name__} {clip!r:.60}; {EXPECTED_CLIP}.")
         waveform = _as_tensor(clip, "cpu")
@@ -82,18 +82,6 @@ class BatAudioPipeline(Pipeline):
         if waveform.dtype == torch.int16:
             waveform = waveform / 32768
         return self.feature_extractor.resample(waveform, rate)
-
-    def _read_file(self, source: str | Path | bytes | bytearray) -> torch.Tensor:
-        try:
-            return self.feature_extractor.load_audio(source)
-        except ValueError as error:
-            if getattr(error.__cause__, "code", None) != UNKNOWN_FORMAT:  # ffmpeg would read a damaged file in part.
-                raise
-            content = Path(source).read_bytes() if isinstance(source, str | Path) else bytes(source)
-            try:
-                return torch.from_numpy(ffmpeg_read(content, self.feature_extractor.sampling_rate).copy())
-            except ValueError as ffmpeg_error:
-                raise ValueError(f"{error} Nor could the ffmpeg program read it: {ffmpeg_error}.") from error
 
     def preprocess(self, clip) -> dict[str, torch.Tensor]:
         """Features (1, T, n_mels), which a batch pads to the longest along T, and the clip's own `num_frames` (1,)."""

@@ -1,17 +1,13 @@
-"""Audio front end of BAT: sound files and waveforms to log-mel features.
+"""Audio front end of BAT: waveforms to log-mel features.
 
-`load_audio` reads a file, `BatAudioProcessor` turns waveforms into features, and `BatFeatureExtractor` wraps the
-processor for `AutoFeatureExtractor` and pipelines.
+`BatAudioProcessor` turns waveforms into features, and `BatFeatureExtractor` wraps the processor for
+`AutoFeatureExtractor` and pipelines. `audio_bat.py` reads sound files.
 
 Shapes: B clips, T frames, M mel bands.
 """
 
-import io
 import math
-import re
 from collections import defaultdict
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,18 +15,16 @@ from torch import nn
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 from transformers.utils import logging
 
+from .audio_bat import SAMPLE_RATE, load_audio, resample
+
 logger = logging.get_logger(__name__)
 
-SAMPLE_RATE = 16000  # Hz
 N_FFT = 1024  # samples of the FFT and of the Hann window, 64 ms
 HOP_LENGTH = 160  # samples between frames, 10 ms
 N_MELS = 128  # HTK mel bands between F_MIN and SAMPLE_RATE / 2
 F_MIN = 0.0  # Hz
 TOP_DB = 80.0  # dB kept below each clip's maximum
 MAX_AMPLITUDE = 1e15  # larger samples, which no audio has, would overflow the power spectrum
-UNKNOWN_FRAMES = 2**62  # libsndfile gives a length above this for a streamed FLAC file, whose header has none
-UNKNOWN_FORMAT = 1  # libsndfile's error code for a format that it does not read
-MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
 MEL_GROUPS = 4  # the mel bands are multiplied in so many groups, each only with the bins that it covers
 POWER_FLOOR = 1e-10  # smallest mel power before the logarithm, -100 dB
 NUM_FRAMES = 1024  # frames of one picture, 10.24 s
@@ -41,140 +35,6 @@ EXPECTED_AUDIO = (
     "expected an array, a tensor or a non-empty list of mono clips. Read files with load_audio; from a dict, pass its "
     "array"
 )
-
-
-def load_audio(
-    source: str | Path | bytes | bytearray | BinaryIO,
-    start: float = 0.0,
-    duration: float | None = None,
-    sampling_rate: int = SAMPLE_RATE,
-) -> torch.Tensor:
-    """Read a sound file as mono float32 samples in -1..1: (samples,).
-
-    Decoded by soundfile (WAV, FLAC, OGG, MP3, ...), channels averaged, resampled by soxr HQ as in BAT's training.
-    Truncated WAV and FLAC files are refused, except for parts that are there, and a truncated MP3 file gives a warning;
-    OGG tells no length.
-    An MP3 file of variable bit rate without a length in its header ends where libsndfile takes it to end, maybe early.
-
-    Args:
-        source: path, the bytes of a file, or a binary file object.
-        start: where to begin, in seconds; only the asked-for part of the file is read.
-        duration: seconds to read; None, or more than there is, reads to the end.
-        sampling_rate: rate of the result, in Hz.
-
-    Raises:
-        FileNotFoundError: no file at this path.
-        ValueError: not a readable sound file, no samples, samples that are not finite, or a start or duration outside
-            the file; the message names the file and the reason.
-    """
-    soundfile, soxr = _audio_libraries()
-    is_path = isinstance(source, str | Path)
-    name = str(source) if is_path else getattr(source, "name", f"<{type(source).__name__}>")
-    if is_path and not Path(source).is_file():
-        raise FileNotFoundError(
-            f"{name}: {'a folder; name the files in it' if Path(source).is_dir() else 'no such file'}."
-        )
-    if not (0 <= start < math.inf and (duration is None or 0 < duration < math.inf)):
-        raise ValueError(f"{name}: start={start} must be at least 0 s and duration={duration} above 0 s, both finite.")
-
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes | bytearray) else source) as file:
-            rate, frames = file.samplerate, announced_frames(file)
-            if rate < MIN_FILE_RATE:
-                raise ValueError(f"its rate of {rate} Hz is too low for sound")
-            # The part is read with a margin for the resampling filter, from a sample that lies on both rates' grids,
-            # so that it equals the same part of the whole file.
-            grid, target_grid = rate // math.gcd(rate, sampling_rate), sampling_rate // math.gcd(rate, sampling_rate)
-            first = max(0, int(start * rate - 0.1 * rate)) // grid * grid
-            stop = frames if duration is None else min(frames, math.ceil((start + duration + 0.1) * rate))
-            if start * rate >= frames:
-                raise ValueError(f"{frames} samples at {rate} Hz hold nothing from {start} s on")
-            if stop > file.frames:
-                raise ValueError(f"truncated: {stop} samples expected, {file.frames} found")
-            if stop > UNKNOWN_FRAMES:
-                raise ValueError("its header tells no length; read parts by start and duration, or convert it")
-            file.seek(first)
-            samples = file.read(stop - first, dtype="float32", always_2d=True)
-            if len(samples) < stop - first:
-                missing = f"{stop - first} samples expected from {first} on, {len(samples)} decoded"
-                if file.format != "MP3":
-                    raise ValueError(f"truncated: {missing}")
-                # The expected length may be an estimate that is too long, above all when the file starts with tags.
-                logger.warning(f"{name}: truncated, or without its length in the header: {missing}.")
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # A file named .raw is a TypeError.
-        reason = str(getattr(error, "error_string", error)).rstrip(".")
-        raise ValueError(f"{name}: cannot be read as audio: {reason}.") from error
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: holds NaN or infinite samples.")
-
-    samples = soxr.resample(samples.mean(axis=1), rate, sampling_rate, quality="HQ")
-    begin = round(start * sampling_rate) - first // grid * target_grid
-    end = None if duration is None else begin + round(duration * sampling_rate)
-    if len(samples[begin:end]) == 0:
-        raise ValueError(f"{name}: no samples at {sampling_rate} Hz with start={start} and duration={duration}.")
-    return torch.from_numpy(samples[begin:end])
-
-
-def announced_frames(file: "soundfile.SoundFile") -> int:  # noqa: F821
-    """The length that the header tells, of which less may be there."""
-    # libsndfile shortens a truncated WAV file to what is there, and tells so in its log alone. Recorders that cannot
-    # know the length beforehand write the largest number they can; such a file is whole.
-    cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
-    if cut and 0 < int(cut[2]) < int(cut[1]) < 0x7FFFF000:
-        return math.ceil(file.frames * int(cut[1]) / int(cut[2]))
-    return file.frames
-
-
-def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
-    """Resample (..., samples) on the waveform's own device.
-
-    CPU tensors go through soxr HQ, the resampler of BAT's training. Other devices use torchaudio's kaiser-best filter,
-    whose features differ from soxr's by at most 0.1 of their 0..1 range near half the sampling rate.
-    """
-    if not isinstance(waveform, torch.Tensor) or not waveform.is_floating_point() or waveform.numel() == 0:
-        got = f"{tuple(waveform.shape)} and {waveform.dtype}" if isinstance(waveform, torch.Tensor) else type(waveform)
-        raise ValueError(f"resample got {got}; expected a floating-point tensor (..., samples) that is not empty.")
-    if orig_rate == new_rate:
-        return waveform
-    if waveform.device.type != "cpu":
-        return _resample_kaiser_best(waveform, orig_rate, new_rate)
-    _, soxr = _audio_libraries()
-    rows = waveform.to(torch.promote_types(waveform.dtype, torch.float32)).reshape(-1, waveform.shape[-1])
-    resampled = [torch.from_numpy(soxr.resample(row.numpy(), orig_rate, new_rate, quality="HQ")) for row in rows]
-    return torch.stack(resampled).reshape(*waveform.shape[:-1], -1).to(waveform.dtype)
-
-
-def _resample_kaiser_best(waveform: torch.Tensor, orig_rate: int, new_rate: int) -> torch.Tensor:
-    try:
-        import torchaudio.functional
-    except (ImportError, OSError, RuntimeError) as error:  # A build for another torch raises any of them.
-        raise ImportError(
-            f"Resampling a tensor on {waveform.device} needs a working torchaudio ({error}). Install a torch and "
-            "torchaudio that belong together (torchaudio 2.11 works with torch 2.11 to 2.14), or resample on the CPU."
-        ) from error
-    # By default cuDNN's convolutions round to TF32, which would move samples by 0.001.
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-        return torchaudio.functional.resample(
-            waveform,
-            orig_rate,
-            new_rate,
-            lowpass_filter_width=64,
-            rolloff=0.9475937167399596,
-            resampling_method="sinc_interp_kaiser",
-            beta=14.769656459379492,
-        )
-
-
-def _audio_libraries():
-    try:
-        import soundfile
-        import soxr
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"Reading and resampling audio needs soundfile and soxr ({error}): pip install soundfile soxr"
-        ) from error
-    return soundfile, soxr
 
 
 def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> torch.Tensor:
@@ -202,9 +62,11 @@ def mel_groups(filters: torch.Tensor) -> list[tuple[slice, slice]]:
 class SoundReader:
     """`load_audio` and `resample` at the rate of the object that is asked, its `sampling_rate` in Hz."""
 
-    def load_audio(self, source, start: float = 0.0, duration: float | None = None) -> torch.Tensor:
+    def load_audio(
+        self, source, start: float = 0.0, duration: float | None = None, channel: str | int = "mean"
+    ) -> torch.Tensor:
         """See the function `load_audio`."""
-        return load_audio(source, start, duration, self.sampling_rate)
+        return load_audio(source, start, duration, self.sampling_rate, channel)
 
     def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
         """See the function `resample`."""

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bat_audio.audio_bat import Sound, load_audio
 from bat_audio.configuration_bat import BatConfig
 from bat_audio.processing_bat import MAX_AMPLITUDE
 from bat_audio_tools.settings import EmbedSettings
-from bat_audio_tools.sounds.reading import Input, known_seconds, load_any, opened, sound_blocks
+from bat_audio_tools.sounds.reading import Input, opened
 
 
 class BrokenRecordingError(OSError):
@@ -30,7 +31,6 @@ class BrokenRecordingError(OSError):
 
 # A long recording is read in parts of so many seconds, because finding a place in an MP3 file takes long.
 PART_SECONDS = 120
-MISSING_SECONDS = 0.1  # A decoder may give so many seconds less than the header tells.
 # After so many parts in a row that cannot be read, a recording is given up: a damaged header may tell any length.
 FAILED_PARTS = 3
 KILLS = "Reading it kills the process, which a lack of memory may do too."
@@ -155,10 +155,12 @@ class Found:
 
     Args:
         rest: None where nothing tells how many there are, and the recording is to be read on from its start.
+        missing: the windows behind the rest that a truncated file lacks.
     """
 
     stretches: list[Stretch]
     rest: range | None = range(0)
+    missing: Stretch | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -175,22 +177,21 @@ def decode_first(cut: Cut, item: Input, content: bytes | None) -> Found:
     if item.problem is not None:
         return Found([Stretch(first, error=item.problem)])
     try:
-        with opened(item.path, content) as source:
-            seconds = known_seconds(source)
+        with opened(item.path, content) as source, Sound(source) as sound:
+            seconds, present, problem = sound.seconds, sound.present_seconds, sound.problem
     except Exception as error:  # A decoder may raise anything for a damaged file; the others go on.
-        reason = decode_part(cut, item, content, first).stretches[0].error  # load_audio's message says more.
-        return Found([Stretch(first, error=reason or _reason(item, error))])
+        return Found([Stretch(first, error=_reason(item, error))])
     if seconds is None:
         return next(stream(cut, item, content))
     found = decode_part(cut, item, content, first)
     seconds -= item.start
     if item.duration is not None:
         seconds = min(seconds, item.duration)
-    samples = found.stretches[0].samples
-    if cut.segment is None and samples is not None and len(samples) < (seconds - MISSING_SECONDS) * cut.rate:
-        reason = f"truncated: it holds {len(samples) / cut.rate:.2f} of {seconds:.2f} s."
-        return Found([Stretch(first, error=reason)])
-    return replace(found, rest=range(1, cut.num_windows(round(seconds * cut.rate))))
+    count = there = cut.num_windows(round(seconds * cut.rate))
+    if problem and cut.segment is not None:  # The windows that begin behind what is there need not be read.
+        there = min(count, max(1, math.ceil((present - item.start) * cut.rate / cut.hop)))
+    missing = Stretch(range(there, count), error=f"cannot be read as audio: {problem}.") if there < count else None
+    return replace(found, rest=range(1, there), missing=missing)
 
 
 def decode_part(cut: Cut, item: Input, content: bytes | None, numbers: range) -> Found:
@@ -211,7 +212,7 @@ def decode_part(cut: Cut, item: Input, content: bytes | None, numbers: range) ->
 def _read(cut: Cut, item: Input, content: bytes | None, numbers: range) -> Stretch:
     start, duration = cut.place(item, numbers[0], len(numbers))
     with opened(item.path, content) as source:
-        samples = load_any(source, start, duration, cut.rate).numpy()
+        samples = load_audio(source, start, duration, cut.rate, item.channel_to_read).numpy()
     if problem := cut.problem(samples, len(numbers)):
         raise ValueError(problem)
     return Stretch(numbers, samples)
@@ -248,14 +249,16 @@ def stream(cut: Cut, item: Input, content: bytes | None) -> Iterator[Found]:
         return Found(stretches)
 
     try:
-        with opened(item.path, content) as source:
-            for block in sound_blocks(source, item.start, item.duration, cut.rate):
+        with opened(item.path, content) as source, Sound(source) as sound:
+            for block in sound.waveform(item.start, item.duration, cut.rate, item.channel_to_read):
                 pieces.append(block)
                 held += len(block)
                 while held >= enough:
                     yield replace(windows(size), rest=None)
                     pieces = [np.concatenate(pieces)[size * cut.hop :]]
                     number, held = number + size, len(pieces[0])
+            if sound.problem:
+                raise ValueError(f"cannot be read as audio: {sound.problem}.")
     except Exception as failure:  # A decoder may raise anything for a damaged file.
         error = _reason(item, failure)
     if error is None:
@@ -403,7 +406,7 @@ def read_windows(
         _, item, _ = task
         found = found or Found([Stretch(range(1), error=KILLS)])
         rest = streamed_rest(executor, task) if found.rest is None else read_rest(executor, task, found.rest, ahead)
-        for stretch in itertools.chain(found.stretches, rest):
+        for stretch in itertools.chain(found.stretches, rest, filter(None, [found.missing])):
             yield from ((unit, window) for window in cut.windows(item, stretch))
 
 
@@ -417,9 +420,8 @@ def read_rest(executor: Executor | None, task: tuple, numbers: range, ahead: int
         yield from stretches
         failed = failed + 1 if all(stretch.error for stretch in stretches) else 0
         if failed == FAILED_PARTS and stop < numbers.stop:
-            seconds = failed * PART_SECONDS
-            reason = f"Not read any further, after {seconds} s that cannot be read."
-            yield Stretch(range(stop, numbers.stop), error=reason)
+            # The last reason holds for the rest too, so that one row tells of all of it.
+            yield Stretch(range(stop, numbers.stop), error=stretches[-1].error)
             return
 
 

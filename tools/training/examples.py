@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from bat_audio.processing_bat import BatAudioProcessor, announced_frames
+from bat_audio.audio_bat import Sound
+from bat_audio.processing_bat import BatAudioProcessor
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import some_of
 from bat_audio_tools.sounds.manifests import (
@@ -241,14 +242,14 @@ def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
             their end.
         FileNotFoundError: a file has vanished.
     """
-    window, soundfile = processor.n_fft / processor.sample_rate, require("soundfile")
+    window = processor.n_fft / processor.sample_rate
 
     def problem(example: Example) -> str | None:
         duration = window if example.duration is None else min(window, example.duration)
         try:
             processor.log_mel(replace(example, duration=duration).load(processor))
-            with soundfile.SoundFile(example.open()) as file:
-                is_cut = announced_frames(file) > file.frames
+            with Sound(example.open()) as sound:
+                is_cut = sound.problem is not None
             if is_cut:
                 example.load(processor)  # This raises an error if the clip reaches into the missing part.
             if example.events:

@@ -18,11 +18,12 @@ from pyarrow import parquet
 from torch import nn
 from transformers.utils import logging
 
+from bat_audio.audio_bat import Sound, load_audio
 from bat_audio.processing_bat import BatAudioProcessor, fit_frames
 from bat_audio_tools.folders import whole
 from bat_audio_tools.sounds.listing import SCHEMA, list_inputs, read_dataset
 from bat_audio_tools.sounds.manifests import without_decoding
-from bat_audio_tools.sounds.reading import Input, load_any, opened, seconds_of
+from bat_audio_tools.sounds.reading import Input, opened
 from bat_audio_tools.training.clips import EpochOrder
 from bat_audio_tools.training.masked_regression import block_masks
 
@@ -118,8 +119,8 @@ class Recordings:
         if item.problem is not None:
             return item.problem
         try:
-            with opened(item.path, item.content(self.sounds)) as source:
-                seconds = seconds_of(source) - item.start
+            with opened(item.path, item.content(self.sounds)) as source, Sound(source) as sound:
+                seconds = sound.measure() - item.start
         except Exception as error:  # A decoder may raise anything for a damaged file.
             return " ".join(str(error).split()) or type(error).__name__
         if item.duration is not None:
@@ -207,7 +208,7 @@ class MaskedClips(torch.utils.data.Dataset):
         if seconds > self.clip_seconds:
             start, duration = start + generator.uniform(0, seconds - self.clip_seconds), self.clip_seconds
         with opened(item.path, item.content(self.recordings.sounds)) as source:
-            waveform = load_any(source, start, duration, rate)
+            waveform = load_audio(source, start, duration, rate, item.channel_to_read)
         samples = round(self.clip_seconds * rate)
         waveform = waveform[:samples]  # The sound may be longer than its header tells.
         if len(waveform) == 0:

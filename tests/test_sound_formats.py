@@ -1,0 +1,461 @@
+"""Every format through every door gives the same samples, and odd files give what is in them; no program is needed."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import socket
+import struct
+import threading
+import tracemalloc
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_model
+from encoded import FORMATS, chirp, encode, encoded, write_encoded
+from pyarrow import parquet
+
+from bat_audio import BatAudioProcessor, BatFeatureExtractor, Sound, audio_bat, load_audio
+from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
+from bat_audio_tools.embedding import windows
+from bat_audio_tools.sounds.reading import Input
+from bat_audio_tools.training import masked_clips
+from bat_audio_tools.training.examples import Example
+
+RATE = 16000
+SECONDS = 5.37
+
+
+@pytest.fixture(autouse=True)
+def no_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@functools.cache
+def pipe() -> BatFeatureExtractionPipeline:
+    return BatFeatureExtractionPipeline(model=tiny_model(), feature_extractor=BatFeatureExtractor(), device="cpu")
+
+
+def embed_door(path, segment: float | None = None) -> np.ndarray:
+    """The samples of all windows of `embed`, put together."""
+    hop = 0 if segment is None else round(segment * RATE)
+    cut = windows.Cut(rate=RATE, shortest=1, segment=hop or None, hop=hop)
+    found = list(windows.read_windows(None, cut, [(0, Input(str(path), str(path)), None)], ahead=1))
+    assert [window.error for _, window in found if window.error] == []
+    return np.concatenate([window.samples for _, window in found])
+
+
+def pretrain_door(path, folder) -> np.ndarray:
+    """What a clip of `pretrain` is made of, rotated back."""
+    recordings = masked_clips.Recordings([str(path)], None)
+    assert recordings.survey(folder, skip_broken=False)["recordings"] == 1
+    seconds = parquet.read_table(folder / "recordings.parquet")["seconds"][0].as_py()
+    assert seconds == pytest.approx(SECONDS, abs=0.2)
+    heard = []
+
+    class Processor(BatAudioProcessor):
+        def log_mel(self, waveform, places=None):
+            heard.append(waveform.numpy())
+            return super().log_mel(waveform, places)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "roll", lambda waveform, shift: waveform)
+        masks = {"count": 1, "grid": (64, 8), "keep": 0.2, "block": 5}
+        masked_clips.MaskedClips(
+            recordings, folder, Processor(1024), 1024, clip_seconds=10.0, masks=masks, num_items=1
+        )[0]
+    return heard[0]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_through_every_door(name, tmp_path):
+    path = write_encoded(tmp_path, name, SECONDS)
+    content = path.read_bytes()
+    expected = load_audio(path).numpy()
+    _, codec, rate, tolerance = FORMATS[name]
+    assert len(expected) / RATE == pytest.approx(SECONDS, abs=tolerance + 1e-3)
+    original = load_audio(encode(chirp(SECONDS, rate), "wav", "pcm_s16le", rate)).numpy()
+    shift = round(np.argmax(np.correlate(expected[:32000], original[8000:24000])) - 8000)
+    length = min(len(expected) - max(0, shift), len(original)) - 2000
+    similarity = np.corrcoef(expected[max(0, shift) :][:length], original[max(0, -shift) :][:length])[0, 1]
+    assert similarity > (0.8 if "adpcm" in codec or codec.startswith("g7") else 0.9)
+    doors = {
+        "load_audio, bytes": lambda: load_audio(content).numpy(),
+        "load_audio, file": lambda: load_audio(io.BytesIO(content)).numpy(),
+        "load_audio, path without suffix": lambda: load_audio(path.rename(tmp_path / "nameless")).numpy(),
+        "pipeline, path": lambda: pipe().load_clip(str(tmp_path / "nameless")).numpy(),
+        "pipeline, bytes": lambda: pipe().load_clip(content).numpy(),
+        "finetune": lambda: Example(str(tmp_path / "nameless"), ("a",)).load(BatAudioProcessor()).numpy(),
+        "embed, whole": lambda: embed_door(tmp_path / "nameless"),
+        "embed, windows": lambda: embed_door(tmp_path / "nameless", 0.7),
+    }
+    for door, read in doors.items():
+        samples = read()
+        assert len(samples) == len(expected), door
+        np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-6, err_msg=door)
+    (tmp_path / "nameless").rename(path)
+    clip = pretrain_door(path, tmp_path)
+    np.testing.assert_allclose(clip[: len(expected)], expected[: len(clip)], rtol=0, atol=1e-6)
+    assert not clip[len(expected) :].any()
+
+
+# AAC fills up bands with noise that depends on what was decoded before.
+NOISE = {"aac": 3e-4}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_part_is_the_same_part_of_the_whole(name):
+    content = encoded(name, 8.0)
+    whole = load_audio(content)
+    for start, duration in ((0.0, 0.4), (1.3, 2.0), (4.567, 0.5), (7.5, None), (7.5, 99.0)):
+        part = load_audio(content, start, duration)
+        end = None if duration is None else round((start + duration) * RATE)
+        expected = whole[round(start * RATE) : end]
+        assert abs(len(part) - len(expected)) <= 1
+        length = min(len(part), len(expected))
+        atol = NOISE.get(FORMATS[name][1], 2e-6)
+        torch.testing.assert_close(part[:length], expected[:length], rtol=0, atol=atol)
+    with pytest.raises(ValueError, match=r"holds? nothing from 60\.0 s"):
+        load_audio(content, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "aac"), ("ogg", "flac"), ("flac", "flac"), ("mp3", "libmp3lame")]
+)
+def test_a_part_costs_what_the_part_costs(container, codec, monkeypatch):
+    """Of ten minutes, only seconds are decoded."""
+    content = encode(np.tile(chirp(5, 44100), 120), container, codec, 44100)
+    decoded = []
+    to_float = audio_bat._to_float
+    monkeypatch.setattr(audio_bat, "_to_float", lambda frame: decoded.append(frame.samples) or to_float(frame))
+    blocks = audio_bat._LibsndfileDecoder.blocks
+    monkeypatch.setattr(
+        audio_bat._LibsndfileDecoder,
+        "blocks",
+        lambda *arguments: (decoded.append(len(block)) or block for block in blocks(*arguments)),
+    )
+    assert len(load_audio(content, 500.0, 1.0)) == RATE
+    assert 0 < sum(decoded) < 20 * 44100
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("webm", "libopus"), ("matroska", "aac"), ("flac", "flac"), ("adts", "aac")]
+)
+def test_what_was_written_into_a_pipe_is_whole(container, codec):
+    rate = 48000 if codec == "libopus" else 44100
+    content = encode(chirp(SECONDS, rate), container, codec, rate, seekable=False)
+    samples = load_audio(content)
+    assert len(samples) / RATE == pytest.approx(SECONDS, abs=0.05)
+    with Sound(content) as sound:
+        assert sound.measure() == pytest.approx(SECONDS, abs=0.1)
+
+
+def test_long_recordings_take_little_memory(tmp_path):
+    """Eight minutes decoded block by block."""
+    path = tmp_path / "long.m4a"
+    path.write_bytes(encode(np.tile(chirp(5, 44100), 96), "mp4", "aac", 44100))
+    with Sound(path) as sound:
+        blocks = sound.waveform()
+        next(blocks)
+        tracemalloc.start()
+        samples = sum(map(len, blocks))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert samples > 470 * RATE
+    assert peak < 16 << 20
+
+
+# Odd files
+
+
+def wav(samples: np.ndarray, rate: int = RATE, *, size: int | None = None, tag=b"RIFF", before=b"", extra=b"") -> bytes:
+    """A WAV file of 16 bits, whose data size can be set to anything."""
+    data = (samples * 32767).astype("<i2").tobytes()
+    body = b"WAVE" + extra + b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
+    body += b"data" + struct.pack("<I", len(data) if size is None else size) + data
+    return before + tag + struct.pack("<I", min(len(body), 2**32 - 1)) + body
+
+
+def id3(size: int = 300) -> bytes:
+    return b"ID3\x03\x00\x00" + bytes(size >> shift & 127 for shift in (21, 14, 7, 0)) + bytes(size)
+
+
+CHIRP = chirp(SECONDS, RATE)
+CUT = windows.Cut(rate=RATE, shortest=513, segment=RATE, hop=RATE)
+PLAIN = load_audio(wav(CHIRP)).numpy()
+
+
+@pytest.mark.parametrize("size", [0, 0x70000000, 0x7FFF0000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF])
+def test_a_recorder_that_did_not_know_the_length(size, tmp_path):
+    path = tmp_path / "x.wav"
+    path.write_bytes(wav(CHIRP, size=size))
+    np.testing.assert_array_equal(load_audio(path).numpy(), PLAIN)
+    np.testing.assert_array_equal(embed_door(path, 1.0), PLAIN)
+    np.testing.assert_array_equal(load_audio(path, 2.0, 1.0).numpy(), PLAIN[2 * RATE : 3 * RATE])
+
+
+def test_tags_and_sizes_that_are_a_little_wrong():
+    data = len(CHIRP) * 2
+    ds64 = b"ds64" + struct.pack("<IQQQI", 28, data + 100, data, len(CHIRP), 0)
+    contents = {
+        "BW64": wav(CHIRP, tag=b"BW64", size=0xFFFFFFFF, extra=ds64),
+        "RF64": wav(CHIRP, tag=b"RF64", size=0xFFFFFFFF, extra=ds64),
+        "ID3 before RIFF": wav(CHIRP, before=id3()),
+        "a size one byte too large": wav(CHIRP, size=data + 1),
+        "a chunk behind the samples": wav(CHIRP) + b"LIST" + struct.pack("<I", 4) + b"INFO",
+    }
+    for name, content in contents.items():
+        np.testing.assert_array_equal(load_audio(content).numpy(), PLAIN, err_msg=name)
+    # A last sample that is not whole is no sample; all before it are there, to the last.
+    np.testing.assert_array_equal(load_audio(wav(CHIRP, size=data - 1)[:-1]).numpy(), PLAIN[:-1])
+    mp3 = encoded("mp3.wav")
+    np.testing.assert_array_equal(load_audio(id3() + mp3), load_audio(mp3))
+
+
+def test_mp3_inside_wav_is_read_to_the_last_sample():
+    content = encode(chirp(5.4, 44100), "wav", "libmp3lame", 44100)
+    for odd in (content, content + bytes(1)):
+        samples = load_audio(odd, sampling_rate=44100)
+        assert len(samples) % 1152 == 0
+        assert 5.4 * 44100 < len(samples) < 5.5 * 44100
+
+
+@pytest.mark.parametrize("tag", [b"", id3()], ids=["plain", "tagged"])
+def test_files_that_were_joined_are_read_to_the_end(tag, tmp_path):
+    single = encoded("mp3.mp3")
+    path = tmp_path / "joined.mp3"
+    path.write_bytes((tag + single[single.index(b"\xff\xfb") :]) * 3)
+    one, three = load_audio(single), load_audio(path)
+    assert len(three) == pytest.approx(3 * len(one), abs=0.15 * RATE)
+    np.testing.assert_allclose(three[: len(one) - 100], one[:-100], atol=1e-5)
+    end = three[-len(one) + 2000 :]
+    assert max(np.correlate(end, one[-8000:-4000])) > 0.99 * one[-8000:-4000].square().sum()
+    np.testing.assert_array_equal(embed_door(path, 1.0), three)
+    oggs = []
+    for seed in (1, 2):
+        ogg = io.BytesIO()
+        soundfile.write(ogg, chirp(2 + seed, 44100), 44100, format="OGG")
+        oggs.append(bytearray(ogg.getvalue()))
+    assert oggs[0][14:18] != oggs[1][14:18]
+    assert len(load_audio(bytes(oggs[0] + oggs[1]))) == pytest.approx(7 * RATE, abs=0.05 * RATE)
+
+
+def test_a_wav_file_beyond_4_gib_whose_size_wrapped_round(tmp_path):
+    """60 s by its header, 37 hours by its size; the file is sparse."""
+    path = tmp_path / "field.wav"
+    content = wav(np.tile(chirp(10, RATE), 6))
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        file.truncate(len(content) + 2**32)
+    reason = r"its header tells 60\.00 s, but 4294967296 bytes follow, as in a WAV file above 4 GiB"
+    with pytest.raises(ValueError, match=f"field.wav: cannot be read as audio: {reason}"):
+        load_audio(path)
+    assert len(load_audio(path, 50, 10)) == 10 * RATE
+    cut = windows.Cut(rate=RATE, shortest=513, segment=10 * RATE, hop=10 * RATE)
+    found = [window for _, window in windows.read_windows(None, cut, [(0, Input("x", str(path)), None)], ahead=1)]
+    assert [(window.start_s, window.end_s) for window in found[:6]] == [(10 * i, 10 * i + 10) for i in range(6)]
+    assert all(window.samples is not None for window in found[:6])
+    assert {window.error for window in found[6:]} == {found[-1].error}
+    assert re.search(reason, found[-1].error)
+    assert found[-1].end_s == pytest.approx(60 + 2**31 / RATE, abs=11)
+
+
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "RF64", "AIFF", "AU", "FLAC", "alac.m4a", "tta.tta"])
+def test_truncated_files_are_refused_whole_and_read_in_parts(form, tmp_path):
+    if form == "alac.m4a":  # The index stands in front, and the samples were cut off.
+        path = tmp_path / "x.m4a"
+        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
+            stream = file.add_stream("alac", rate=44100, layout="mono")
+            frame = av.AudioFrame.from_ndarray(chirp(8, 44100)[None], format="fltp", layout="mono")
+            frame.sample_rate = 44100
+            for packet in [*stream.encode(frame), *stream.encode(None)]:
+                file.mux(packet)
+        content = path.read_bytes()
+        assert content.index(b"moov") < content.index(b"mdat")
+    elif form == "tta.tta":
+        content = encoded(form, 8)
+    else:
+        file = io.BytesIO()
+        soundfile.write(file, chirp(8, RATE), RATE, format=form)
+        content = file.getvalue()
+    cut = content[: len(content) * 3 // 4]
+    with pytest.raises(ValueError, match=r"truncated|damaged"):
+        load_audio(cut)
+    np.testing.assert_allclose(load_audio(cut, 1, 2), load_audio(content, 1, 2), atol=1e-6)
+    (tmp_path / "cut").write_bytes(cut)
+    windows_found = list(windows.read_windows(None, CUT, [(0, Input("x", str(tmp_path / "cut")), None)], ahead=1))
+    errors = [window for _, window in windows_found if window.error]
+    assert len({window.error for window in errors}) == 1  # They become one row for the whole stretch.
+    assert errors == [window for _, window in windows_found][-len(errors) :]
+    assert errors[0].start_s in (4, 5, 6)
+    assert len(windows_found) - len(errors) == errors[0].start_s
+
+
+def test_channels_of_opposite_phase(caplog):
+    samples = np.stack([CHIRP, -CHIRP], axis=1)
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="WAV", subtype="FLOAT")
+    content = file.getvalue()
+    audio_bat.logger.warning_once.cache_clear()
+    assert np.abs(load_audio(content)).max() < 1e-6
+    assert "<bytes>: its channels cancel each other out" in caplog.text
+    caplog.clear()
+    for channel, sign in ((0, 1), (1, -1)):
+        np.testing.assert_allclose(load_audio(content, channel=channel), sign * CHIRP, atol=1e-6)
+    for wrong in (2, -1, "left", True, 0.0):
+        with pytest.raises(ValueError, match=f"channel={wrong!r}".replace(".", r"\.")):
+            load_audio(content, channel=wrong)
+    load_audio(encoded("alac.m4a"), channel=0)
+    assert not caplog.records
+
+
+# What is no file of sound
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link to a device"])
+def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path, monkeypatch):
+    path = tmp_path / "x.wav"
+    with contextlib.ExitStack() as stack:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            monkeypatch.chdir(tmp_path)  # The path of a socket must be short.
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind("x.wav")
+        else:
+            path.symlink_to("/dev/zero")
+        path = "/dev/zero" if kind == "device" else str(path)
+        with pytest.raises(ValueError, match=rf"{path}: a pipe, socket or device"):
+            load_audio(path)
+
+
+PLAYLISTS = {
+    "x.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
+    "x.m3u": "{target}\n",
+    "x.ffconcat": "ffconcat version 1.0\nfile '{target}'\n",
+    "x.pls": "[playlist]\nFile1={target}\n",
+    "x.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio {port} RTP/AVP 0\n",
+    "x.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'mediaPresentationDuration="PT5S"><Period><AdaptationSet mimeType="audio/mp4"><Representation id="1" '
+    'bandwidth="1"><BaseURL>{target}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_lists_inside_a_sound_file_lead_nowhere(name, tmp_path):
+    """Neither to other files nor to the network; the bytes that would make it no text do not change that."""
+    secret = write_encoded(tmp_path, "pcm.wav")
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            for target in (str(secret), secret.name, f"http://127.0.0.1:{server.server_port}/x.wav", f"file:{secret}"):
+                text = PLAYLISTS[name].format(target=target, port=server.server_port).encode()
+                for content in (text, text + b"\n#\xff\xfe\n"):
+                    for file in (name, "song.mp3", "song.wav"):
+                        (tmp_path / file).write_bytes(content)
+                        with pytest.raises(ValueError, match="cannot be read as audio"):
+                            load_audio(tmp_path / file)
+                    with pytest.raises(ValueError, match="cannot be read as audio"):
+                        load_audio(content)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked == []
+
+
+@pytest.mark.parametrize("seconds", [10**6, 10**9])
+def test_seconds_that_a_header_claims_take_no_memory(seconds):
+    flac = io.BytesIO()
+    soundfile.write(flac, CHIRP, RATE, format="FLAC")
+    content = bytearray(flac.getvalue())
+    frames = min(seconds * RATE, 2**36 - 1)
+    struct.pack_into(">I", content, 22, frames & 0xFFFFFFFF)
+    content[21] = content[21] & 0xF0 | frames >> 32
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="cannot be read as audio"):
+        load_audio(bytes(content))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 << 20
+
+
+def test_text_is_called_text(tmp_path):
+    for name in ("notes.mp3", "page.wav", "list.m4a"):
+        (tmp_path / name).write_text("Überhaupt kein Klang.\n" * 50)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as audio: it holds text, no sound"):
+            load_audio(tmp_path / name)
+
+
+def test_nothing_is_said_to_stderr(tmp_path, capfd):
+    """libmpg123 writes notes for what it does not understand."""
+    (tmp_path / "random.mp3").write_bytes(np.random.default_rng(0).bytes(50000))
+    (tmp_path / "joined.mp3").write_bytes(encoded("mp3.mp3") * 2)
+    (tmp_path / "inside.wav").write_bytes(encoded("mp3.wav"))
+    for file in sorted(tmp_path.iterdir()):
+        with contextlib.suppress(ValueError):
+            load_audio(file)
+    assert capfd.readouterr().err == ""
+
+
+# Objects
+
+
+class Upload:
+    """As web frameworks hand them over: it stands at its end."""
+
+    def __init__(self, content: bytes):
+        self.file, self.filename = io.BytesIO(content), "x.m4a"
+        self.file.seek(0, io.SEEK_END)
+        self.read, self.seek, self.tell, self.seekable = (
+            self.file.read,
+            self.file.seek,
+            self.file.tell,
+            self.file.seekable,
+        )
+
+
+class AsyncUpload:
+    async def read(self, size: int = -1) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize("name", ["pcm.wav", "mp3.mp3", "aac.m4a"])
+def test_objects_that_can_be_read(name, tmp_path):
+    content = encoded(name)
+    expected = load_audio(content)
+    path = write_encoded(tmp_path, name)
+    reading, writing = os.pipe()
+    writer = threading.Thread(target=lambda: os.fdopen(writing, "wb").write(content))
+    writer.start()
+    with os.fdopen(reading, "rb") as pipe_object:
+        from_pipe = load_audio(pipe_object)
+    writer.join()
+    assert torch.equal(from_pipe, expected)
+    for source in (Upload(content), memoryview(content), os.path.relpath(path), _PathLike(path)):
+        assert torch.equal(load_audio(source), expected)
+    for source in (path.open(encoding="latin-1"), io.StringIO("text"), AsyncUpload(), 5, None, np.zeros(5), b"".join):
+        with pytest.raises(ValueError, match="expected a path, the bytes of a file, or a file opened in binary"):
+            load_audio(source)
+
+
+class _PathLike:
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
