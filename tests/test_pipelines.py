@@ -13,7 +13,6 @@ from hub_server import HubServer
 from transformers import AudioClassificationPipeline
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, load_audio
-from bat_audio import pipeline_bat as pipelines
 from bat_audio.pipeline_bat import BatAudioClassificationPipeline, BatFeatureExtractionPipeline
 
 LABELS = ["rain", "wind", "frog", "bird", "gust", "hail"]
@@ -190,7 +189,7 @@ def test_scores_by_hand(problem_type, function):
 
 
 def test_transformers_own_pipeline_agrees(sound):
-    path, waveform = sound
+    _, waveform = sound
     stock, ours = classifier(AudioClassificationPipeline), classifier()
     for clips in (waveform, [waveform, CLIPS[2]]):
         assert str(stock(clips)) == str(ours(clips))
@@ -221,7 +220,8 @@ def test_text_is_no_sound(tmp_path):
 
 def test_damaged_files_are_not_repaired(sound):
     path, _ = sound
-    path.write_bytes(path.read_bytes()[:-4000])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     for pipe in (embedder(), classifier()):
         with pytest.raises(ValueError, match="truncated"):
             pipe(path)

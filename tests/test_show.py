@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 
 import matplotlib.figure
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import tiny_config, tiny_model
+from encoded import encode
 from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
@@ -191,9 +191,9 @@ def test_files(checkpoint, sound, tmp_path, suffix):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([out.name, "sound.wav"])
 
 
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg program")
-def test_what_only_ffmpeg_reads(checkpoint, sound, tmp_path):
-    subprocess.run(["ffmpeg", "-v", "error", "-i", sound, tmp_path / "sound.m4a"], check=True)
+def test_what_libsndfile_does_not_read(checkpoint, sound, tmp_path):
+    samples, rate = soundfile.read(sound, dtype="float32", always_2d=True)
+    (tmp_path / "sound.m4a").write_bytes(encode(samples.mean(axis=1), "mp4", "aac", rate))
     view = show(tmp_path / "sound.m4a", tmp_path / "picture.png", checkpoint=checkpoint)
     assert len(view.waveform) / RATE == pytest.approx(soundfile.info(sound).duration, abs=0.1)
 
