@@ -1,9 +1,9 @@
 # `make demo` and `make test` set up an environment of their own in $(VENV) and need nothing but Python 3.10 or newer.
 PYTHON ?= python3
 VENV ?= .venv
-# Another version of Transformers, for example: make test VENV=.venv-tf4 TRANSFORMERS="transformers==4.57.*"
+# Another version of Transformers is chosen like this: make test VENV=.venv-tf4 TRANSFORMERS="transformers==4.57.*"
 TRANSFORMERS ?= transformers
-# A pair that works together; torchaudio declares no torch requirement, so a freely chosen torch may break it.
+# These two work together. torchaudio declares no torch requirement, so a freely chosen torch may break it.
 TORCH ?= torch==2.14.* torchaudio==2.11.*
 
 INSTALLED = $(VENV)/.installed
@@ -21,7 +21,7 @@ fast: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(VENV)/bin/python -m tox run
 
-# For example: make bench ARGS="--only encoder --rounds 3"
+# A part of the benchmarks is run like this: make bench ARGS="--only encoder --rounds 3"
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
@@ -32,8 +32,8 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	@echo "Installing torch and the rest into $(VENV): a few minutes, about 7 GB ..."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
 	touch $@
 
 .PHONY: demo test fast matrix bench lint

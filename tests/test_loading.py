@@ -197,7 +197,7 @@ def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
     source, _ = saved  # saved by the installed package, so its code is that of the repository
     first = run_python(SAVE_AND_LOAD, source, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
     files, value = first.stdout.splitlines()
-    code = {"configuration_bat.py", "modeling_bat.py", "pipeline_bat.py", "processing_bat.py"}
+    code = {"audio_bat.py", "configuration_bat.py", "modeling_bat.py", "pipeline_bat.py", "processing_bat.py"}
     assert code <= set(json.loads(files.replace("'", '"')))
     for reference in ("config.json", "preprocessor_config.json"):
         auto_map = json.loads((tmp_path / "out" / reference).read_text())["auto_map"]
