@@ -925,7 +925,8 @@ CUSTOM_PIPELINES = {
         "type": "audio",
     },
 }
-if TYPE_CHECKING:  # This never runs; it names the file, so that Transformers copies it wherever it copies this one.
+if TYPE_CHECKING:  # This never runs; it names the files, so that Transformers copies them wherever it copies this one.
+    from .audio_bat import Sound  # noqa: F401
     from .pipeline_bat import BatFeatureExtractionPipeline  # noqa: F401
 
 # With this, save_pretrained copies this file and fills in auto_map.

@@ -123,14 +123,7 @@ class Sound:
         with contextlib.ExitStack() as stack:
             file = _open_file(source, self.name, stack)
             with self._named_errors():
-                # libsndfile reads a file faster by its path, but there it guesses from the name what it cannot tell.
-                file.seek(begin := _behind_tag(file))
-                if file.read(4) in EXACT_MAGIC:
-                    rest = _Rest(file, begin) if begin else file
-                    kinds = [(_LibsndfileDecoder, self.name if is_path and not begin else rest), (_FFmpegDecoder, rest)]
-                else:
-                    kinds = [(_FFmpegDecoder, file), (_LibsndfileDecoder, file)]
-                self._decoder = _first_that_reads(kinds, file)
+                self._decoder = _find_decoder(file, self.name if is_path else None)
                 stack.callback(self._decoder.close)
                 if self._decoder.rate < MIN_FILE_RATE:
                     raise ValueError(f"its rate of {self._decoder.rate} Hz is too low for sound")
@@ -368,22 +361,26 @@ class _UnreadableError(ValueError):
     """A decoder cannot read the file at all, though another one may."""
 
 
-def _first_that_reads(kinds: list[tuple], file: BinaryIO) -> "_LibsndfileDecoder | _FFmpegDecoder":
+def _find_decoder(file: BinaryIO, path: str | None) -> "_LibsndfileDecoder | _FFmpegDecoder":
+    file.seek(begin := _behind_tag(file))
+    if file.read(4) in EXACT_MAGIC:
+        rest = _Rest(file, begin) if begin else file
+        path = None if begin else path
+        ways = [lambda: _LibsndfileDecoder(rest, path), lambda: _FFmpegDecoder(rest)]
+    else:
+        # By a path, libsndfile would guess from the name what it cannot tell.
+        ways = [lambda: _FFmpegDecoder(file), lambda: _LibsndfileDecoder(file)]
     reasons = []
-    for kind, source in kinds:
-        if not isinstance(source, str):
-            source.seek(0)
+    for open_it in ways:
         try:
-            return kind(source)
+            return open_it()
         except _UnreadableError as error:
             reasons.append(str(error).rstrip("."))
-            file.seek(0)
-            head = file.read(512)
-            if not head:
-                raise ValueError("the file is empty") from error
-            if is_text(head):
-                raise ValueError("it holds text, no sound") from error
-    raise ValueError("; ".join(reasons))
+    file.seek(0)
+    head = file.read(512)
+    if not head:
+        raise ValueError("the file is empty")
+    raise ValueError("it holds text, no sound" if is_text(head) else "; ".join(reasons))
 
 
 def is_text(head: bytes) -> bool:
@@ -403,17 +400,17 @@ class _LibsndfileDecoder:
     `frames` is the length that the header tells, `present` how much of that can be there, and `problem` why it is less.
     """
 
-    def __init__(self, source: str | BinaryIO):
+    def __init__(self, file: BinaryIO, path: str | None = None):
         soundfile = _library("soundfile")
         self.error = soundfile.LibsndfileError
-        with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
-            if _is_chained(file):
-                raise _UnreadableError("it holds several streams")
-            size = file.seek(0, os.SEEK_END)
-            data_start = _data_start(file) if size > LARGEST_RIFF else 0
-            file.seek(0)
+        if _is_chained(file):
+            raise _UnreadableError("it holds several streams")
+        size = file.seek(0, os.SEEK_END)
+        data_start = _data_start(file) if size > LARGEST_RIFF else 0
+        file.seek(0)
         try:
-            self.file = soundfile.SoundFile(source)
+            # libsndfile reads a file faster by its path.
+            self.file = soundfile.SoundFile(file if path is None else path)
         except (self.error, TypeError) as error:  # A file named .raw is a TypeError.
             raise _UnreadableError(getattr(error, "error_string", str(error))) from error
         self.rate, self.channels = self.file.samplerate, self.file.channels
@@ -509,6 +506,7 @@ class _FFmpegDecoder:
 
     def __init__(self, file: BinaryIO):
         self.av = _library("av")
+        file.seek(0)
         # An open file with a list of formats and without protocols keeps FFmpeg from opening anything else.
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
         try:
@@ -584,14 +582,14 @@ class _FFmpegDecoder:
                 )
                 break
             end = place + frame.samples
-            piece = _to_float(frame)[max(0, first - place) : max(0, stop - place)]
-            if pieces and (held >= BLOCK_SAMPLES or piece.shape[1] != pieces[0].shape[1]):
-                yield np.concatenate(pieces)
+            piece = _to_float(frame)[:, max(0, first - place) : max(0, stop - place)]
+            if pieces and (held >= BLOCK_SAMPLES or len(piece) != len(pieces[0])):
+                yield np.concatenate(pieces, axis=1).T
                 pieces, held = [], 0
             pieces.append(piece)
             held += piece.size
         if pieces:
-            yield np.concatenate(pieces)
+            yield np.concatenate(pieces, axis=1).T
         if failure is not None:
             raise failure
         if self.told_seconds and end / self.rate < min(self.told_seconds, stop / self.rate) - MISSING_SECONDS:
@@ -637,10 +635,12 @@ class _FFmpegDecoder:
 
 
 def _to_float(frame: "av.AudioFrame") -> np.ndarray:  # noqa: F821
-    """The samples of a frame as float32 (n, C); integers become -1..1."""
+    """The samples of a frame as float32 (C, n); integers become -1..1."""
     samples = frame.to_ndarray()  # (C, n), or (1, n * C) with the channels' samples side by side
-    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128
-    scale = 1 if samples.dtype.kind == "f" else 2.0 ** (1 - 8 * samples.dtype.itemsize)
-    return samples.astype(np.float32) * np.float32(scale)
+    return samples.astype(np.float32) * np.float32(2.0 ** (1 - 8 * samples.dtype.itemsize))
