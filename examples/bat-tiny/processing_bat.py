@@ -6,6 +6,7 @@ processor for `AutoFeatureExtractor` and pipelines.
 Shapes: B clips, T frames, M mel bands.
 """
 
+import functools
 import io
 import math
 import re
@@ -179,24 +180,34 @@ def _audio_libraries():
 
 def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> torch.Tensor:
     """Triangles of height 1 on the HTK mel scale from `f_min` to `sample_rate / 2` Hz: (n_fft/2 + 1, n_mels)."""
-    mel_edges = torch.linspace(
-        *(2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2)), n_mels + 2, dtype=torch.float64
-    )
-    edges = 700 * (10 ** (mel_edges / 2595) - 1)  # Hz
-    frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    precise = {"dtype": torch.float64, "device": "cpu"}
+    mel_range = (2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2))
+    edges = 700 * (10 ** (torch.linspace(*mel_range, n_mels + 2, **precise) / 2595) - 1)  # Hz
+    frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, **precise)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).float()
 
 
-def mel_groups(filters: torch.Tensor) -> list[tuple[slice, slice]]:
+def mel_groups(filters: torch.Tensor) -> tuple[tuple[slice, slice], ...]:
     """Neighbouring bands of filters (bins, bands), and the few bins that they cover: a quarter of the whole product."""
     groups = []
-    for bands in torch.arange(filters.shape[1]).chunk(MEL_GROUPS):
+    for bands in torch.arange(filters.shape[1], device="cpu").chunk(MEL_GROUPS):
         bands = slice(int(bands[0]), int(bands[-1]) + 1)
         bins = filters[:, bands].any(dim=1).nonzero().flatten().tolist()
         groups.append((slice(bins[0], bins[-1] + 1) if bins else slice(0), bands))
-    return groups
+    return tuple(groups)
+
+
+@functools.lru_cache(typed=True)
+def front_end_tables(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """The Hann window (n_fft,), the mel filters (n_fft/2 + 1, n_mels), both float32, and the filters' `mel_groups`.
+
+    They are computed once for each setting, and kept as arrays, because tensors remember whether inference mode was on.
+    """
+    filters = htk_mel_filters(sample_rate, n_fft, n_mels, f_min)
+    window = torch.hann_window(n_fft, dtype=torch.float32, device="cpu")
+    return window.numpy(), filters.numpy(), mel_groups(filters)
 
 
 class SoundReader:
@@ -213,6 +224,8 @@ class SoundReader:
 
 class BatAudioProcessor(SoundReader, nn.Module):
     """Waveforms to log-mel features, in float32 and on the waveform's device; every clip is treated alone.
+
+    `.to(device)` moves the tables, which spares a copy in every call. They stay float32 whatever the module's dtype.
 
     Mel power spectrogram -> dB -> at most `top_db` below the clip's maximum -> scaled to 0..1 by the clip's own
     extremes -> cut or zero-padded to `num_frames`. Silence gives zeros.
@@ -243,9 +256,18 @@ class BatAudioProcessor(SoundReader, nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.top_db = top_db
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
-        self.mel_groups = mel_groups(self.mel_filters)
+        # The tables are no buffers: those would be rounded with a model that holds this module, and a model that is
+        # built without memory for its weights would get them filled with anything.
+        window, mel_filters, self.mel_groups = front_end_tables(sample_rate, n_fft, n_mels, f_min)
+        self.window, self.mel_filters = torch.tensor(window, device="cpu"), torch.tensor(mel_filters, device="cpu")
+
+    def _apply(self, fn, recurse: bool = True) -> "BatAudioProcessor":
+        """What every move and conversion of a module calls: the tables move along."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.window.device)).device
+        if device.type != "meta":  # There they would lose their values, which no checkpoint brings back.
+            self.window, self.mel_filters = self.window.to(device), self.mel_filters.to(device)
+        return self
 
     @property
     def sampling_rate(self) -> int:
@@ -307,7 +329,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         if places is not None:
             got += f" (clip {', '.join(map(str, places))} of the list)"
         if waveform.dtype == torch.int16:
-            waveform = waveform / 32768
+            waveform = waveform.float() / 32768
         if not waveform.is_floating_point():
             raise ValueError(f"{got}; {expected}. Scale other integers to floats in -1..1; complex audio is refused.")
         if waveform.ndim == 3 and waveform.shape[1] != 1:
@@ -384,7 +406,7 @@ class BatFeatureExtractor(SoundReader, FeatureExtractionMixin):
 
     @property
     def processor(self) -> BatAudioProcessor:
-        """A processor with the present settings; its tables cost next to nothing to make."""
+        """A processor with the present settings, whose tables are computed once for all processors."""
         return BatAudioProcessor(
             self.num_frames, self.sampling_rate, self.n_fft, self.hop_length, self.n_mels, self.f_min, self.top_db
         )
