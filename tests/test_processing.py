@@ -2,12 +2,13 @@
 
 import copy
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoFeatureExtractor, PreTrainedModel
@@ -724,6 +725,69 @@ def test_features_are_finite_at_every_accepted_amplitude(amplitude):
 def test_amplitudes_that_would_overflow_are_refused(amplitude, dtype):
     with pytest.raises(ValueError, match=r"huge samples \(above 1e\+15\) in clip 1;"):
         BatAudioProcessor()(torch.tensor([[0.0], [amplitude]], dtype=dtype).expand(2, 4000))
+
+
+# Forked processes
+
+# The parent computes with several threads, of which none is in the processes that it forks.
+FORKING = """
+import multiprocessing
+import signal
+
+import torch
+from bat_audio import BatAudioProcessor, BatFeatureExtractor, processing_bat
+
+def give_up(*_):
+    raise TimeoutError("the forked processes do not answer")
+
+clips = torch.rand(4, 160000, generator=torch.Generator().manual_seed(0)) - 0.5
+extractor, processor = BatFeatureExtractor(), BatAudioProcessor()
+
+def features_of(clip):
+    processing_bat.front_end_tables.cache_clear()
+    options = {"sampling_rate": 16000, "return_tensors": "pt"}
+    return {
+        "extractor": extractor(clip, **options).input_features.numpy(),
+        "list": extractor([clip, clip[:50000]], **options).input_features.numpy(),
+        "processor": processor(clip).numpy(),
+        "uncut": processor.log_mel(clip).numpy(),
+        "built anew": BatAudioProcessor(f_min=100.0)(clip).numpy(),
+        "resampled": extractor.resample(clip, 44100).numpy(),
+        "threads": torch.get_num_threads(),
+    }
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.as_tensor(found[name]), torch.as_tensor(values), rtol=0, atol=1e-6, msg=name)
+
+torch.set_num_threads(4)
+expected = [features_of(clip) for clip in clips]
+assert all(features["threads"] == 4 for features in expected)
+signal.signal(signal.SIGALRM, give_up)
+signal.alarm(60)
+"""
+WAYS_TO_FORK = {
+    "multiprocessing": """
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    for found, wanted in zip(pool.map(features_of, clips), expected, strict=True):
+        assert_equal(found, wanted)
+""",
+    "datasets": """
+from datasets import Dataset
+mapped = Dataset.from_dict({"place": range(4)}).map(lambda row: features_of(clips[row["place"]]), num_proc=2)
+for found, wanted in zip(mapped.remove_columns("place"), expected, strict=True):
+    assert_equal(found, wanted)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+@pytest.mark.parametrize("way", WAYS_TO_FORK)
+def test_forked_processes_make_the_same_features(tmp_path, way):
+    """Their number of threads, with which users compute other things, is left as it is."""
+    run_python(FORKING + WAYS_TO_FORK[way], HF_DATASETS_CACHE=tmp_path)
 
 
 # Errors

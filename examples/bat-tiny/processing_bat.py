@@ -9,8 +9,10 @@ Shapes: B clips, T frames, M mel bands.
 import functools
 import io
 import math
+import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -210,6 +212,38 @@ def front_end_tables(sample_rate: int, n_fft: int, n_mels: int, f_min: float) ->
     return window.numpy(), filters.numpy(), mel_groups(filters)
 
 
+is_forked = False  # true in processes that were forked after the import of this file
+
+
+def _note_fork():
+    global is_forked
+    is_forked = True
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks.
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def fork_safe(compute: Callable) -> Callable:
+    """Let a function run in one thread where it is called in a forked process, and leave all else as it is.
+
+    A fork copies no threads. If the parent has computed with several, torch would wait for them for ever.
+    """
+
+    @functools.wraps(compute)
+    def compute_safely(*args, **kwargs):
+        if not is_forked:
+            return compute(*args, **kwargs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return compute_safely
+
+
 class SoundReader:
     """`load_audio` and `resample` at the rate of the object that is asked, its `sampling_rate` in Hz."""
 
@@ -217,6 +251,7 @@ class SoundReader:
         """See the function `load_audio`."""
         return load_audio(source, start, duration, self.sampling_rate)
 
+    @fork_safe
     def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
         """See the function `resample`."""
         return resample(waveform, orig_rate, self.sampling_rate)
@@ -238,6 +273,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         ValueError: `num_frames` is not a positive multiple of 16.
     """
 
+    @fork_safe
     def __init__(
         self,
         num_frames: int | None = NUM_FRAMES,
@@ -282,6 +318,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         """
         return -(-samples // (PATCH_FRAMES * self.hop_length))
 
+    @fork_safe
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Features (B, 1, num_frames, n_mels) in 0..1 of mono clips of one length.
 
@@ -293,6 +330,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         """
         return fit_frames(self.log_mel(waveform), self.num_frames)
 
+    @fork_safe
     def log_mel(self, waveform: torch.Tensor, places: list[int] | None = None) -> torch.Tensor:
         """Features before cutting and padding: (B, 1, T, n_mels), T = samples // hop_length + 1; see `forward`.
 
@@ -411,6 +449,7 @@ class BatFeatureExtractor(SoundReader, FeatureExtractionMixin):
             self.num_frames, self.sampling_rate, self.n_fft, self.hop_length, self.n_mels, self.f_min, self.top_db
         )
 
+    @fork_safe
     def __call__(
         self,
         raw_speech,
