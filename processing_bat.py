@@ -6,8 +6,11 @@
 Shapes: B clips, T frames, M mel bands.
 """
 
+import functools
 import math
+import os
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,24 +42,66 @@ EXPECTED_AUDIO = (
 
 def htk_mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> torch.Tensor:
     """Triangles of height 1 on the HTK mel scale from `f_min` to `sample_rate / 2` Hz: (n_fft/2 + 1, n_mels)."""
-    mel_edges = torch.linspace(
-        *(2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2)), n_mels + 2, dtype=torch.float64
-    )
-    edges = 700 * (10 ** (mel_edges / 2595) - 1)  # Hz
-    frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    precise = {"dtype": torch.float64, "device": "cpu"}
+    mel_range = (2595 * math.log10(1 + f / 700) for f in (f_min, sample_rate / 2))
+    edges = 700 * (10 ** (torch.linspace(*mel_range, n_mels + 2, **precise) / 2595) - 1)  # Hz
+    frequencies = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, **precise)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).float()
 
 
-def mel_groups(filters: torch.Tensor) -> list[tuple[slice, slice]]:
+def mel_groups(filters: torch.Tensor) -> tuple[tuple[slice, slice], ...]:
     """Neighbouring bands of filters (bins, bands), and the few bins that they cover: a quarter of the whole product."""
     groups = []
-    for bands in torch.arange(filters.shape[1]).chunk(MEL_GROUPS):
+    for bands in torch.arange(filters.shape[1], device="cpu").chunk(MEL_GROUPS):
         bands = slice(int(bands[0]), int(bands[-1]) + 1)
         bins = filters[:, bands].any(dim=1).nonzero().flatten().tolist()
         groups.append((slice(bins[0], bins[-1] + 1) if bins else slice(0), bands))
-    return groups
+    return tuple(groups)
+
+
+@functools.lru_cache(typed=True)
+def front_end_tables(sample_rate: int, n_fft: int, n_mels: int, f_min: float) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """The Hann window (n_fft,), the mel filters (n_fft/2 + 1, n_mels), both float32, and the filters' `mel_groups`.
+
+    They are computed once for each setting, and kept as arrays, because tensors remember whether inference mode was on.
+    """
+    filters = htk_mel_filters(sample_rate, n_fft, n_mels, f_min)
+    window = torch.hann_window(n_fft, dtype=torch.float32, device="cpu")
+    return window.numpy(), filters.numpy(), mel_groups(filters)
+
+
+is_forked = False  # true in processes that were forked after the import of this file
+
+
+def _note_fork():
+    global is_forked
+    is_forked = True
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks.
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def fork_safe(compute: Callable) -> Callable:
+    """Let a function run in one thread where it is called in a forked process, and leave all else as it is.
+
+    A fork copies no threads. If the parent has computed with several, torch would wait for them for ever.
+    """
+
+    @functools.wraps(compute)
+    def compute_safely(*args, **kwargs):
+        if not is_forked:
+            return compute(*args, **kwargs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return compute_safely
 
 
 class SoundReader:
@@ -68,6 +113,7 @@ class SoundReader:
         """See the function `load_audio`."""
         return load_audio(source, start, duration, self.sampling_rate, channel)
 
+    @fork_safe
     def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
         """See the function `resample`."""
         return resample(waveform, orig_rate, self.sampling_rate)
@@ -75,6 +121,8 @@ class SoundReader:
 
 class BatAudioProcessor(SoundReader, nn.Module):
     """Waveforms to log-mel features, in float32 and on the waveform's device; every clip is treated alone.
+
+    `.to(device)` moves the tables, which spares a copy in every call. They stay float32 whatever the module's dtype.
 
     Mel power spectrogram -> dB -> at most `top_db` below the clip's maximum -> scaled to 0..1 by the clip's own
     extremes -> cut or zero-padded to `num_frames`. Silence gives zeros.
@@ -87,6 +135,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         ValueError: `num_frames` is not a positive multiple of 16.
     """
 
+    @fork_safe
     def __init__(
         self,
         num_frames: int | None = NUM_FRAMES,
@@ -105,9 +154,18 @@ class BatAudioProcessor(SoundReader, nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.top_db = top_db
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        self.register_buffer("mel_filters", htk_mel_filters(sample_rate, n_fft, n_mels, f_min), persistent=False)
-        self.mel_groups = mel_groups(self.mel_filters)
+        # The tables are no buffers: those would be rounded with a model that holds this module, and a model that is
+        # built without memory for its weights would get them filled with anything.
+        window, mel_filters, self.mel_groups = front_end_tables(sample_rate, n_fft, n_mels, f_min)
+        self.window, self.mel_filters = torch.tensor(window, device="cpu"), torch.tensor(mel_filters, device="cpu")
+
+    def _apply(self, fn, recurse: bool = True) -> "BatAudioProcessor":
+        """What every move and conversion of a module calls: the tables move along."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.window.device)).device
+        if device.type != "meta":  # There they would lose their values, which no checkpoint brings back.
+            self.window, self.mel_filters = self.window.to(device), self.mel_filters.to(device)
+        return self
 
     @property
     def sampling_rate(self) -> int:
@@ -122,6 +180,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         """
         return -(-samples // (PATCH_FRAMES * self.hop_length))
 
+    @fork_safe
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Features (B, 1, num_frames, n_mels) in 0..1 of mono clips of one length.
 
@@ -133,6 +192,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         """
         return fit_frames(self.log_mel(waveform), self.num_frames)
 
+    @fork_safe
     def log_mel(self, waveform: torch.Tensor, places: list[int] | None = None) -> torch.Tensor:
         """Features before cutting and padding: (B, 1, T, n_mels), T = samples // hop_length + 1; see `forward`.
 
@@ -169,7 +229,7 @@ class BatAudioProcessor(SoundReader, nn.Module):
         if places is not None:
             got += f" (clip {', '.join(map(str, places))} of the list)"
         if waveform.dtype == torch.int16:
-            waveform = waveform / 32768
+            waveform = waveform.float() / 32768
         if not waveform.is_floating_point():
             raise ValueError(f"{got}; {expected}. Scale other integers to floats in -1..1; complex audio is refused.")
         if waveform.ndim == 3 and waveform.shape[1] != 1:
@@ -246,11 +306,12 @@ class BatFeatureExtractor(SoundReader, FeatureExtractionMixin):
 
     @property
     def processor(self) -> BatAudioProcessor:
-        """A processor with the present settings; its tables cost next to nothing to make."""
+        """A processor with the present settings, whose tables are computed once for all processors."""
         return BatAudioProcessor(
             self.num_frames, self.sampling_rate, self.n_fft, self.hop_length, self.n_mels, self.f_min, self.top_db
         )
 
+    @fork_safe
     def __call__(
         self,
         raw_speech,

@@ -2,15 +2,16 @@
 
 import copy
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, PreTrainedModel
 
 import bat_audio
 from bat_audio import BatAudioProcessor, BatConfig, BatFeatureExtractor, processing_bat
@@ -493,19 +494,124 @@ def test_features_are_float32_under_autocast(dtype):
     assert torch.equal(features, processor(waveform))
 
 
-def test_features_are_float32_whatever_the_module_s_dtype():
-    waveform = noise(3000)
-    expected = BatAudioProcessor(32)(waveform)
-    torch.set_default_dtype(torch.float64)
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+AUDIO = {
+    **{str(dtype): noise(3000).to(dtype) for dtype in FLOATS},
+    "int16": (32767 * noise(3000)).short(),
+    "array": noise(3000).numpy(),
+    "list": noise(3000).tolist(),
+}
+
+
+def all_features(processor: BatAudioProcessor) -> dict[str, torch.Tensor]:
+    """Of every form of audio, by the extractor and, where the form is a tensor, by the processor too."""
+    features = {name: extract(audio) for name, audio in AUDIO.items()}
+    tensors = {name: audio for name, audio in AUDIO.items() if isinstance(audio, torch.Tensor)}
+    return {**features, **{f"{name}, processor": processor(audio) for name, audio in tensors.items()}}
+
+
+def assert_all_equal(features: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    assert features.keys() == expected.keys()
+    for name, values in features.items():
+        assert values.dtype == torch.float32, name
+        assert torch.equal(values, expected[name]), name
+
+
+@pytest.fixture
+def no_tables():
+    """As in a process that has made no features yet."""
+    processing_bat.front_end_tables.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_default_dtype_does_not_matter(no_tables, dtype):
+    torch.set_default_dtype(dtype)
     try:
-        features = [BatAudioProcessor(32)(waveform), extract(waveform)[:, :, :32]]
+        processor = BatAudioProcessor(64)
+        features = all_features(processor)
     finally:
         torch.set_default_dtype(torch.float32)
-    features.append(BatAudioProcessor(32).double()(waveform.double()))
-    for values in features:
-        assert values.dtype == torch.float32
-        torch.testing.assert_close(values, expected, **EQUAL)
-    torch.testing.assert_close(BatAudioProcessor(32).half()(waveform), expected, rtol=0, atol=2e-3)
+    processing_bat.front_end_tables.cache_clear()
+    assert_all_equal(features, all_features(BatAudioProcessor(64)))
+    assert_all_equal(all_features(processor), features)
+
+
+def test_default_device_does_not_matter(no_tables):
+    """Models are often built on the device "meta", without memory for their weights."""
+    with torch.device("meta"):
+        processor = BatAudioProcessor(64)
+        features = all_features(processor)
+    processing_bat.front_end_tables.cache_clear()
+    assert_all_equal(features, all_features(BatAudioProcessor(64)))
+
+
+def test_inference_mode_before_does_not_matter(no_tables):
+    with torch.inference_mode():
+        expected = BatAudioProcessor(64)(noise(3000))
+    waveform = noise(3000).requires_grad_()
+    features = BatAudioProcessor(64)(waveform)
+    features.sum().backward()
+    assert waveform.grad.isfinite().all()
+    assert torch.equal(features.detach(), expected)
+
+
+MOVES = {
+    **{f"to {dtype}": lambda module, dtype=dtype: module.to(dtype) for dtype in FLOATS},
+    "to CPU and bfloat16": lambda module: module.to("cpu", torch.bfloat16),
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "float": lambda module: module.float(),
+    "double": lambda module: module.double(),
+    "there and back": lambda module: module.half().double().float(),
+    "type": lambda module: module.type(torch.float16),
+    "cpu": lambda module: module.cpu(),
+    "meta and back": lambda module: module.to("meta").to_empty(device="cpu"),
+    "shared memory": lambda module: module.share_memory(),
+    "copy": lambda module: copy.deepcopy(module.half()),
+    "pickle": lambda module: pickle.loads(pickle.dumps(module.half())),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moves_of_the_module_do_not_matter(move):
+    expected = all_features(BatAudioProcessor(64))
+    alone = MOVES[move](BatAudioProcessor(64))
+    in_another = MOVES[move](torch.nn.Sequential(torch.nn.Linear(1, 1), BatAudioProcessor(64)))[1]
+    for processor in (alone, in_another):
+        assert_all_equal(all_features(processor), expected)
+        assert not processor.state_dict()
+
+
+class ModelWithFrontEnd(PreTrainedModel):
+    """A user's model that makes its own features."""
+
+    config_class = BatConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.front_end, self.layer = BatAudioProcessor(64), torch.nn.Linear(1, 1)
+        self.post_init()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_models_may_hold_a_processor(tmp_path, dtype):
+    """Transformers builds a model on the device "meta", with its dtype as the default, and loads the weights after."""
+    ModelWithFrontEnd(BatConfig()).save_pretrained(tmp_path)
+    model = ModelWithFrontEnd.from_pretrained(tmp_path, dtype=dtype)
+    assert model.layer.weight.dtype == dtype
+    assert_all_equal(all_features(model.front_end), all_features(BatAudioProcessor(64)))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tables_move_to_cuda_and_stay_float32(dtype):
+    waveform = noise(3000).cuda()
+    expected = BatAudioProcessor(64)(waveform)
+    for processor in (BatAudioProcessor(64).to("cuda", dtype), BatAudioProcessor(64).to(dtype).cuda()):
+        assert processor.window.is_cuda
+        assert processor.mel_filters.is_cuda
+        assert torch.equal(processor(waveform), expected)
+        torch.testing.assert_close(processor.cpu()(noise(3000)), expected.cpu(), rtol=0, atol=1e-4)
 
 
 def test_gradients_reach_the_waveform():
@@ -557,12 +663,55 @@ def test_files_and_resampling_are_at_hand_at_the_owner_s_rate():
         assert torch.equal(owner.resample(waveform, 44100), bat_audio.resample(waveform, 44100, rate))
 
 
-def test_changed_settings_reach_the_features():
-    extractor, waveform = BatFeatureExtractor(), noise(1, 8000)
-    extractor.top_db, extractor.num_frames = 40, 64
-    changed = extractor(waveform, sampling_rate=16000, return_tensors="pt").input_features
-    assert torch.equal(changed, BatAudioProcessor(num_frames=64, top_db=40)(waveform))
+@pytest.mark.parametrize("setting", [*CHANGED, "sampling_rate"])
+def test_changed_settings_reach_the_features(setting):
+    """There and back, beside another extractor that keeps its settings."""
+    value, waveform = {**CHANGED, "sampling_rate": 8000}[setting], torch.logspace(0, -6, 8000) * noise(8000)
+    extractor, other, fresh = BatFeatureExtractor(), BatFeatureExtractor(), BatFeatureExtractor(**{setting: value})
+    before, original = features_of(extractor, waveform), getattr(extractor, setting)
+    setattr(extractor, setting, value)
+    changed = features_of(extractor, waveform)
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, features_of(fresh, waveform))
     assert torch.equal(changed, extractor.processor(waveform))
+    assert torch.equal(features_of(other, waveform), before)
+    setattr(extractor, setting, original)
+    assert torch.equal(features_of(extractor, waveform), before)
+
+
+def features_of(extractor: BatFeatureExtractor, waveform: torch.Tensor) -> torch.Tensor:
+    return extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
+
+
+def test_tables_are_computed_once_for_each_setting(no_tables, monkeypatch):
+    computed, compute = [], processing_bat.htk_mel_filters
+
+    def count(*arguments):
+        computed.append(arguments)
+        return compute(*arguments)
+
+    monkeypatch.setattr(processing_bat, "htk_mel_filters", count)
+    extractors = [BatFeatureExtractor(), BatFeatureExtractor(f_min=100.0), BatFeatureExtractor(num_frames=64)]
+    for extractor in [*extractors, *map(copy.deepcopy, extractors), *extractors]:
+        features_of(extractor, noise(3000))
+    assert computed == [(16000, 1024, 128, 0.0), (16000, 1024, 128, 100.0)]
+
+
+def test_use_leaves_no_trace_in_an_extractor():
+    """Datasets recognises work that is done already by the pickled extractor."""
+    extractor = BatFeatureExtractor()
+    before, settings = pickle.dumps(extractor), extractor.to_json_string()
+    features_of(extractor, noise(3000))
+    assert pickle.dumps(extractor) == before
+    assert extractor.to_json_string() == settings
+
+
+def test_a_processor_s_tables_are_its_own():
+    expected, changed = BatAudioProcessor(64)(noise(3000)), BatAudioProcessor(64)
+    changed.window.zero_()
+    changed.mel_filters.zero_()
+    assert torch.equal(BatAudioProcessor(64)(noise(3000)), expected)
+    assert torch.equal(extract(noise(3000)), expected)
 
 
 @pytest.mark.parametrize("amplitude", [1e-12, 1.0, 1e6, 0.9e15])
@@ -576,6 +725,69 @@ def test_features_are_finite_at_every_accepted_amplitude(amplitude):
 def test_amplitudes_that_would_overflow_are_refused(amplitude, dtype):
     with pytest.raises(ValueError, match=r"huge samples \(above 1e\+15\) in clip 1;"):
         BatAudioProcessor()(torch.tensor([[0.0], [amplitude]], dtype=dtype).expand(2, 4000))
+
+
+# Forked processes
+
+# The parent computes with several threads, of which none is in the processes that it forks.
+FORKING = """
+import multiprocessing
+import signal
+
+import torch
+from bat_audio import BatAudioProcessor, BatFeatureExtractor, processing_bat
+
+def give_up(*_):
+    raise TimeoutError("the forked processes do not answer")
+
+clips = torch.rand(4, 160000, generator=torch.Generator().manual_seed(0)) - 0.5
+extractor, processor = BatFeatureExtractor(), BatAudioProcessor()
+
+def features_of(clip):
+    processing_bat.front_end_tables.cache_clear()
+    options = {"sampling_rate": 16000, "return_tensors": "pt"}
+    return {
+        "extractor": extractor(clip, **options).input_features.numpy(),
+        "list": extractor([clip, clip[:50000]], **options).input_features.numpy(),
+        "processor": processor(clip).numpy(),
+        "uncut": processor.log_mel(clip).numpy(),
+        "built anew": BatAudioProcessor(f_min=100.0)(clip).numpy(),
+        "resampled": extractor.resample(clip, 44100).numpy(),
+        "threads": torch.get_num_threads(),
+    }
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.as_tensor(found[name]), torch.as_tensor(values), rtol=0, atol=1e-6, msg=name)
+
+torch.set_num_threads(4)
+expected = [features_of(clip) for clip in clips]
+assert all(features["threads"] == 4 for features in expected)
+signal.signal(signal.SIGALRM, give_up)
+signal.alarm(60)
+"""
+WAYS_TO_FORK = {
+    "multiprocessing": """
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    for found, wanted in zip(pool.map(features_of, clips), expected, strict=True):
+        assert_equal(found, wanted)
+""",
+    "datasets": """
+from datasets import Dataset
+mapped = Dataset.from_dict({"place": range(4)}).map(lambda row: features_of(clips[row["place"]]), num_proc=2)
+for found, wanted in zip(mapped.remove_columns("place"), expected, strict=True):
+    assert_equal(found, wanted)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+@pytest.mark.parametrize("way", WAYS_TO_FORK)
+def test_forked_processes_make_the_same_features(tmp_path, way):
+    """Their number of threads, with which users compute other things, is left as it is."""
+    run_python(FORKING + WAYS_TO_FORK[way], HF_DATASETS_CACHE=tmp_path)
 
 
 # Errors
