@@ -735,7 +735,7 @@ import multiprocessing
 import signal
 
 import torch
-from bat_audio import BatAudioProcessor, BatFeatureExtractor, processing_bat
+from bat_audio import BatAudioProcessor, BatFeatureExtractor, processing_bat, resample
 
 def give_up(*_):
     raise TimeoutError("the forked processes do not answer")
@@ -753,6 +753,7 @@ def features_of(clip):
         "uncut": processor.log_mel(clip).numpy(),
         "built anew": BatAudioProcessor(f_min=100.0)(clip).numpy(),
         "resampled": extractor.resample(clip, 44100).numpy(),
+        "resampled by the function": resample(clip, 44100).numpy(),
         "threads": torch.get_num_threads(),
     }
 

@@ -17,7 +17,14 @@ from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudi
 from bat_audio_tools import publish as publish_module
 from bat_audio_tools.publish import assemble, publish
 
-CODE = {"audio_bat.py", "configuration_bat.py", "modeling_bat.py", "processing_bat.py", "pipeline_bat.py", "load_model.py"}
+CODE = {
+    "audio_bat.py",
+    "configuration_bat.py",
+    "modeling_bat.py",
+    "processing_bat.py",
+    "pipeline_bat.py",
+    "load_model.py",
+}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json"}
 REPOSITORY = CODE | MODEL | {"README.md", "LICENSE"}
 

@@ -14,6 +14,7 @@ Shapes: C channels.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -21,7 +22,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -239,6 +240,39 @@ class _Mixer:
         return self.mean_power < OPPOSITE_POWER * self.power
 
 
+is_forked = False  # true in processes that were forked after the import of this file
+
+
+def _note_fork():
+    global is_forked
+    is_forked = True
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks.
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def fork_safe(compute: Callable) -> Callable:
+    """Let a function run in one thread where it is called in a forked process, and leave all else as it is.
+
+    A fork copies no threads. If the parent has computed with several, torch would wait for them for ever.
+    """
+
+    @functools.wraps(compute)
+    def compute_safely(*args, **kwargs):
+        if not is_forked:
+            return compute(*args, **kwargs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return compute_safely
+
+
+@fork_safe
 def resample(waveform: torch.Tensor, orig_rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
     """Resample (..., samples) on the waveform's own device.
 

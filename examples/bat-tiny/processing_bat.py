@@ -8,9 +8,7 @@ Shapes: B clips, T frames, M mel bands.
 
 import functools
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import nn
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 from transformers.utils import logging
 
-from .audio_bat import SAMPLE_RATE, load_audio, resample
+from .audio_bat import SAMPLE_RATE, fork_safe, load_audio, resample
 
 logger = logging.get_logger(__name__)
 
@@ -72,38 +70,6 @@ def front_end_tables(sample_rate: int, n_fft: int, n_mels: int, f_min: float) ->
     return window.numpy(), filters.numpy(), mel_groups(filters)
 
 
-is_forked = False  # true in processes that were forked after the import of this file
-
-
-def _note_fork():
-    global is_forked
-    is_forked = True
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no forks.
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def fork_safe(compute: Callable) -> Callable:
-    """Let a function run in one thread where it is called in a forked process, and leave all else as it is.
-
-    A fork copies no threads. If the parent has computed with several, torch would wait for them for ever.
-    """
-
-    @functools.wraps(compute)
-    def compute_safely(*args, **kwargs):
-        if not is_forked:
-            return compute(*args, **kwargs)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return compute(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
-
-    return compute_safely
-
-
 class SoundReader:
     """`load_audio` and `resample` at the rate of the object that is asked, its `sampling_rate` in Hz."""
 
@@ -113,7 +79,6 @@ class SoundReader:
         """See the function `load_audio`."""
         return load_audio(source, start, duration, self.sampling_rate, channel)
 
-    @fork_safe
     def resample(self, waveform: torch.Tensor, orig_rate: int) -> torch.Tensor:
         """See the function `resample`."""
         return resample(waveform, orig_rate, self.sampling_rate)
