@@ -1,6 +1,7 @@
 """Data for fine-tuning: every source gives the same clips, and augmented items are what the same draws make by hand."""
 
 import csv
+import os
 import pickle
 import re
 import sys
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader
 
 from bat_audio import BatAudioProcessor, load_audio
+from bat_audio_tools.sounds.listing import list_inputs
+from bat_audio_tools.sounds.manifests import sound_suffixes
 from bat_audio_tools.training.clips import Augmentation, ClipDataset, frame_targets
 from bat_audio_tools.training.examples import Example, check_clips, label_names, read_examples, split_examples
 
@@ -182,14 +185,46 @@ def test_folder_takes_all_formats_of_libsndfile_and_reports_other_files(tmp_path
     (tmp_path / "sounds" / "dog").mkdir(parents=True)
     for name, format in written.items():
         soundfile.write(tmp_path / "sounds" / "dog" / name, sound(0.2, 44100), 44100, format=format)
-    for name in ("notes.txt", "clip.m4a", "samples.raw", ".hidden.txt"):
+    for name in ("notes.txt", "cover.jpg", "samples.raw", ".hidden.txt"):
         (tmp_path / "sounds" / "dog" / name).write_bytes(b"?")
     transformers.utils.logging.enable_propagation()
     examples = read_examples(tmp_path / "sounds")
     transformers.utils.logging.disable_propagation()
     assert [Path(example.source).name for example in examples] == list(written)
     check_clips(examples, PROCESSOR)
-    assert re.search(r"sounds: 3 files are left out that are no sounds by name \(first: \S*clip.m4a\)", caplog.text)
+    assert re.search(r"sounds: 3 files are left out that are no sounds by name \(first: \S*cover.jpg\)", caplog.text)
+
+
+def test_folder_takes_what_embed_takes(tmp_path):
+    (tmp_path / "dog").mkdir()
+    for suffix in (".txt", ".jpg", *sound_suffixes()):
+        (tmp_path / "dog" / f"a{suffix}").touch()
+    listed = [item.path for item, _ in list_inputs([tmp_path], None)]
+    assert [clip.source for clip in read_examples(tmp_path)] == listed
+    assert len(listed) == len(sound_suffixes())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and devices")
+def test_clips_that_are_no_files_are_named_as_broken(files, tmp_path):
+    (tmp_path / "sounds" / "dog").mkdir(parents=True)
+    odd = [str(tmp_path / "sounds" / "dog" / name) for name in ("a.wav", "b.wav", "c.wav")]
+    os.mkfifo(odd[0])
+    Path(odd[1]).symlink_to("/dev/zero")
+    Path(odd[2]).symlink_to("nowhere.wav")
+    good = tmp_path / "sounds" / "dog" / "d.wav"
+    good.write_bytes(Path(files[0]).read_bytes())
+    paths = [*odd, str(good)]
+    for source in (
+        tmp_path / "sounds",
+        write_csv(tmp_path / "m.csv", ["path", "label"], [(path, "dog") for path in paths]),
+        write_parquet(tmp_path / "m.parquet", ["path", "label"], [(path, "dog") for path in paths]),
+        datasets.Dataset.from_dict({"audio": paths, "label": ["dog"] * 4}),
+    ):
+        examples = read_examples(source)
+        assert [clip.source for clip in examples] == paths
+        message = r"3 of 4 clips cannot be used; .*a.wav: It is a pipe .*b.wav: It is a device.*c.wav: It is a link"
+        with pytest.raises(ValueError, match=message):
+            check_clips(examples, PROCESSOR)
 
 
 def test_name_that_is_no_file_here_is_a_dataset_of_the_hub(files, tmp_path, monkeypatch):
@@ -307,6 +342,8 @@ CSV_ERRORS = {
     "negative start": ("path,label,start\nA,dog,-0.5\n", False, r"line 2: start='-0.5' is no time"),
     "NaN start": ("path,label,start\nA,dog,nan\n", False, r"line 2: start='nan' is no time"),
     "infinite duration": ("path,label,duration\nA,dog,inf\n", False, r"line 2: duration='inf' is no time"),
+    "endless start": ("path,label,start\nA,dog,1e308\n", False, r"line 2: start='1e308' is no time"),
+    "endless duration": ("path,label,duration\nA,dog,1e308\n", False, r"line 2: duration='1e308' is no time"),
     "no duration": ("path,label,duration\nA,dog,0\n", False, r"line 2: duration=0 holds no sound"),
     "words": ("path,label,start\nA,dog,\"0,5\"\n", False, r"line 2: start='0,5' is no time"),
     "reversed": ("path,label,onset,offset\nA,dog,0.3,0.2\n", True, r"line 2: onset=0.3 and offset=0.2: the onset"),
@@ -346,12 +383,12 @@ def test_folder_errors(tmp_path):
         read_examples(tmp_path / "c")
     (tmp_path / "c").rmdir()
     (tmp_path / "a" / "1.wav").touch()
-    with pytest.raises(ValueError, match=r"b: no sound file in this class folder"):
+    with pytest.raises(ValueError, match=r"b: no file in this class folder is a sound"):
         read_examples(tmp_path)
-    (tmp_path / "b" / "1.m4a").touch()
-    with pytest.raises(ValueError, match=r"b: no sound file in this class folder .*\.wav"):
+    (tmp_path / "b" / "1.jpg").touch()
+    with pytest.raises(ValueError, match=r"b: no file in this class folder is a sound by its name .*\.wav"):
         read_examples(tmp_path)
-    (tmp_path / "2.wav").touch()
+    (tmp_path / "2.wav").symlink_to("nowhere.wav")  # It may be broken.
     with pytest.raises(ValueError, match=r"1 sounds lie in no class folder: \S*2.wav\. Expected FOLDER/label/sound"):
         read_examples(tmp_path)
     with pytest.raises(ValueError, match="a folder tells no onsets"):

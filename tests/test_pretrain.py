@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -269,6 +270,21 @@ def test_broken_recordings_are_refused_or_left_out(options, sounds, tmp_path):
     assert parquet.read_table(work / "recordings.parquet").num_rows == 13
     _, expected = pretrained(options, out=str(tmp_path / "other"))
     assert_same_weights(weights, expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
+def test_what_is_no_file_is_named_as_broken(sounds, tmp_path):
+    folder = shutil.copytree(sounds, tmp_path / "sounds")
+    os.mkfifo(folder / "a.wav")
+    (folder / "b.wav").symlink_to("/dev/zero")
+    (folder / "c.wav").symlink_to("nowhere.wav")
+    message = r"3 of 16 .*a.wav: It is a pipe .*b.wav: It is a device.*c.wav: It is a link"
+    with pytest.raises(ValueError, match=message):
+        Recordings(folder, None).survey(tmp_path, False)
+    facts = Recordings(folder, None).survey(tmp_path, True)
+    (folder / "c.wav").unlink()
+    shutil.copy(sounds / "00.flac", folder / "c.wav")
+    assert Recordings(folder, None).survey(tmp_path, True) == facts  # A run that has begun goes on without it.
 
 
 def test_a_recording_that_breaks_in_the_middle_gives_way_to_the_next(sounds, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -10,6 +11,50 @@ from typing import Any
 def is_address(path: str) -> bool:
     """Whether a path is one for fsspec, such as s3://bucket/sound.wav; a file of this name here is not."""
     return ("://" in path or "::" in path) and not os.path.lexists(path)
+
+
+def chain_of(path: str) -> tuple[str, str, str]:
+    """A path or address in three parts: the caches before it, the file or folder itself, and what that lies in.
+
+    "simplecache::zip://a.wav::s3://bucket/b.zip" gives "simplecache::", "zip://a.wav" and "::s3://bucket/b.zip".
+    """
+    if not is_address(path):
+        return "", path, ""
+    # A cache of fsspec has no path of its own; it takes that of the files which it keeps.
+    caches, itself, around = re.fullmatch(
+        r"((?:(?:blockcache|cached|filecache|simplecache)(?:://)?::)*)(.*?)(::.*)?", path, re.DOTALL
+    ).groups("")
+    if around and re.fullmatch("[a-z]+", itself):  # "zip::b.zip" is short for "zip://::b.zip", all of the archive.
+        itself += "://"
+    return caches, itself, around
+
+
+def suffix_of(path: str) -> str:
+    """The suffix of a path or address, in small letters."""
+    return os.path.splitext(chain_of(path)[1])[1].lower()
+
+
+def local_path(path: str) -> str:
+    """The path without the file:// of an address that needs none; any other path as it is."""
+    return path if "::" in path else path.removeprefix("file://")
+
+
+def unreadable_kind(path: str) -> str | None:
+    """Why nobody should open what is at a path, if it is no file: a pipe can keep one waiting, a device has no end.
+
+    Folders, addresses, and what is not there at all are left to those who open them.
+    """
+    path = local_path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        if os.path.islink(path):
+            return "It is a link that leads to no file that can be read; mend the link or leave it out."
+        return None
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    kind = "a pipe (FIFO)" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+    return f"It is {kind}, which is never opened; save its sound to a file and name that, or leave it out."
 
 
 def check_file(path: str | Path):
@@ -44,7 +89,7 @@ def check_checkpoint(checkpoint: str | None):
 
 def hub_id(value: Any) -> str | None:
     """The value, if it may be the name of a Hub repository and is no file here."""
-    if not isinstance(value, str) or value.count("/") != 1 or os.path.exists(value):
+    if not isinstance(value, str) or value.count("/") != 1 or os.path.lexists(value):
         return None
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # This takes longer than most answers.
 

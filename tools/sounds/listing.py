@@ -5,6 +5,7 @@ file, one row group for each unit, so that neither the list nor the table of emb
 find inputs that are named twice, a digest of each is kept in memory: about 100 MB for a million.
 """
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -15,18 +16,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 from fsspec.core import has_magic, url_to_fs
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 from transformers.utils import logging
 
-from bat_audio_tools.names import is_address
+from bat_audio_tools.names import chain_of, is_address, local_path, suffix_of, unreadable_kind
 from bat_audio_tools.sounds.manifests import (
     LIST_SUFFIXES,
     EmbeddedAudio,
-    all_sound_suffixes,
     check_columns,
     choose_split,
     dataset_sounds,
@@ -34,7 +35,9 @@ from bat_audio_tools.sounds.manifests import (
     load_named_dataset,
     manifest_columns,
     manifest_rows,
+    open_list,
     read_seconds,
+    sound_suffixes,
 )
 from bat_audio_tools.sounds.reading import Input
 
@@ -42,6 +45,7 @@ from bat_audio_tools.sounds.reading import Input
 BYTES_PER_SECOND = 100_000
 # A unit is full when it has this size times the files that it may have, so one of long recordings has fewer files.
 UNIT_BYTES = 1 << 20
+NOT_UTF8 = "Its name is not in UTF-8, as the column path has to be; rename it."
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -68,7 +72,7 @@ def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Datase
         if not isinstance(source, str | Path):
             return source
         # A sound that is not there would otherwise be looked for on the Hub.
-        is_other = is_address(str(source)) or Path(source).suffix.lower() in known
+        is_other = is_address(str(source)) or suffix_of(str(source)) in known
         return None if is_other else load_named_dataset(source)
 
     found = list(map(find, sources))
@@ -98,7 +102,7 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
     if dataset is not None:
         if len(dataset[0]) == 0:
             raise ValueError(f"{dataset[1]}: there are no rows in it.")
-        yield from ((item, 0) for item in _of_dataset(*dataset))
+        yield from _looked_at(_of_dataset(*dataset))
         return
     for source in map(str, sources):
         listed = _of_source(source)
@@ -115,67 +119,81 @@ def _in_utf8(item: Input) -> Input:
         item.path.encode()
     except UnicodeEncodeError:
         path = item.path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        return Input(path, path, problem="Its name is not in UTF-8, as the column path has to be; rename it.")
+        return Input(path, path, problem=NOT_UTF8)
     return item
 
 
 def _of_source(source: str) -> Iterator[tuple[Input, int]]:
-    files, root = url_to_fs(source) if is_address(source) else (LocalFileSystem(), os.path.abspath(source))
-    if has_magic(source) and not files.exists(root):
-        if is_address(source):
-            matches = [files.unstrip_protocol(match) for match in files.glob(root)]
-        else:
-            matches = glob.glob(source, recursive=True)
-        suffixes, skipped, first_skipped = all_sound_suffixes(), 0, None
-        for match in sorted(matches):
-            if _suffix(match) in suffixes or files.isdir(match):
-                yield from _of_source(match)
-            else:
-                skipped, first_skipped = skipped + 1, first_skipped or match
-        _warn_of_skipped(source, skipped, first_skipped)
-    elif files.isdir(root):
-        for path, size in _of_folder(source):
-            yield Input(path, path), size
-    elif not files.exists(root):
+    local = local_path(source)
+    with _reaching(source):
+        files, root = url_to_fs(source) if is_address(local) else (LocalFileSystem(), os.path.abspath(local))
+        while isinstance(files, CachingFileSystem):  # A cache keeps files; the file system behind it knows the folders.
+            files = files.fs
+        is_there, is_folder = files.lexists(root), files.isdir(root)
+    is_glob = not is_there and has_magic(chain_of(source)[1])
+    if is_glob or is_folder:
+        found = _matches(local, files, root) if is_glob else _files_in(local, files, root)
+        begin = source.removesuffix(local)
+        yield from _sounds_among(source, ((begin + path, size) for path, size in found))
+    elif not is_there:
         raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
-    elif source.lower().endswith(LIST_SUFFIXES):
-        last = None
-        for item in _of_list(source):
-            if item.duration is not None:
-                size = round(item.duration * BYTES_PER_SECOND)
-            else:
-                size = 0 if item.path == last else _size(item.path)
-            yield item, size
-            last = item.path
-    elif _suffix(source) == ".tsv":
+    elif suffix_of(source) in LIST_SUFFIXES:
+        if problem := unreadable_kind(source):
+            raise ValueError(f"{source}: no list of sounds. {problem}")
+        yield from _looked_at(_of_list(source))
+    elif suffix_of(source) == ".tsv":
         raise ValueError(f"{source}: lists are .txt, .csv with commas, or .parquet; convert it.")
     else:
-        yield Input(source, source), _size(source)
+        yield Input(source, source, problem=unreadable_kind(source)), _size(source)
 
 
-def _of_folder(folder: str) -> Iterator[tuple[str, int]]:
-    suffixes, skipped, first_skipped = all_sound_suffixes(), 0, None
-    for parent, names in _walk(folder):
-        for name in sorted(name for name in names if name[0] != "."):
-            path = os.path.join(parent, name)
-            if _suffix(name) in suffixes:
-                yield path, _size(path) if names[name] is None else names[name]
-            else:
-                skipped, first_skipped = skipped + 1, first_skipped or path
-    _warn_of_skipped(folder, skipped, first_skipped)
+@contextlib.contextmanager
+def _reaching(source: str) -> Iterator[None]:
+    """Name the source in the errors of file systems, which may be of any type."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: no such file or folder ({error}).") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise OSError(f"{source}: cannot be listed ({reason}). Expected what fsspec opens.") from error
 
 
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
-def _warn_of_skipped(source: str, skipped: int, first: str | None):
+def _sounds_among(source: str, found: Iterable[tuple[str, int | None]]) -> Iterator[tuple[Input, int]]:
+    """The sounds, by their names, among the files of a folder or glob; a warning tells of the others."""
+    suffixes, skipped, first_skipped = sound_suffixes(), 0, None
+    for path, size in found:
+        if suffix_of(path) in suffixes:
+            yield Input(path, path, problem=unreadable_kind(path)), _size(path) if size is None else size
+        else:
+            skipped, first_skipped = skipped + 1, first_skipped or path
     if skipped:
-        logger.warning(f"{source}: {skipped} files are left out that are no sounds by name (first: {first}).")
+        logger.warning(f"{source}: {skipped} files are left out that are no sounds by name (first: {first_skipped}).")
 
 
-def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Each folder, in order, and the sizes of its files, where the listing tells them."""
+def _matches(source: str, files: AbstractFileSystem, root: str) -> Iterator[tuple[str, int | None]]:
+    """The files that match a glob, and those in the folders that do, with their sizes, where they are known."""
+    if not is_address(source):
+        for match in sorted(glob.glob(source, recursive=True)):
+            if os.path.isdir(match):
+                yield from _files_in(match, files, match)
+            else:
+                yield match, None
+        return
+    with _reaching(source):
+        matches = sorted(files.glob(root, detail=True).items())
+    for name, entry in matches:
+        if "/." in f"/{name}" and "/." not in f"/{root}":  # Hidden files are left out, as in globs of local ones.
+            continue
+        path = _address_of(name, source, files, root)
+        if entry["type"] == "directory":
+            yield from _files_in(path, files, name)
+        else:
+            yield path, entry["size"] or 0
+
+
+def _files_in(folder: str, files: AbstractFileSystem, root: str) -> Iterator[tuple[str, int | None]]:
+    """The files in a folder and the folders in it, in order, with their sizes, where they are known."""
     if not is_address(folder):
         above = {folder: frozenset()}  # Each folder that is still to come has the folders around it.
         for parent, folders, names in os.walk(folder, followlinks=True):
@@ -185,14 +203,27 @@ def _walk(folder: str) -> Iterator[tuple[str, dict[str, int | None]]]:
             for name in set(visible).difference(folders):
                 logger.warning(f"{os.path.join(parent, name)}: left out, a link to a folder around it.")
             above.update((os.path.join(parent, name), around) for name in folders)
-            yield parent, dict.fromkeys(names)
+            yield from ((os.path.join(parent, name), None) for name in sorted(names) if name[0] != ".")
         return
-    files, root = url_to_fs(folder)
-    for parent, folders, entries in files.walk(root, detail=True):
-        visible = {name: folders[name] for name in sorted(folders) if name[0] != "."}
-        folders.clear()
-        folders.update(visible)
-        yield files.unstrip_protocol(parent), {name: entry["size"] for name, entry in entries.items()}
+    with _reaching(folder):
+        for _, folders, entries in files.walk(root, detail=True):
+            visible = {name: folders[name] for name in sorted(folders) if name[0] != "."}
+            folders.clear()
+            folders.update(visible)
+            for name in sorted(name for name in entries if name[0] != "."):
+                entry = entries[name]
+                yield _address_of(entry["name"], folder, files, root), entry["size"] or 0
+
+
+def _address_of(name: str, source: str, files: AbstractFileSystem, root: str) -> str:
+    """The address of a file that its file system found in or for `source`, which the file system itself calls `root`.
+
+    It opens by itself, so it names user, host, caches and the archive around the file as the source does.
+    """
+    caches, itself, around = chain_of(source)
+    itself, root = itself.rstrip("/") if root else itself, root.rstrip("/")
+    begin = itself.removesuffix(root)
+    return caches + (begin + name if begin + root == itself else files.unstrip_protocol(name)) + around
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -202,16 +233,34 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _size(path: str) -> int:
     """The bytes of a local file, and 0 for a remote one: asking for each would take longer than it is worth."""
-    return os.path.getsize(path) if not is_address(path) and os.path.isfile(path) else 0
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _looked_at(items: Iterable[Input]) -> Iterator[tuple[Input, int]]:
+    """The inputs that a list or dataset names, with what is wrong with their files, and the bytes of each to read."""
+    last = None
+    for item in items:
+        size = 0  # Of a file that the input before is about too, most has been counted.
+        if item.path != last:
+            last, problem, size = item.path, unreadable_kind(item.path), _size(item.path)
+        if item.duration is not None:
+            size = round(item.duration * BYTES_PER_SECOND)
+        yield replace(item, problem=problem), size
 
 
 def _of_list(source: str) -> Iterator[Input]:
-    def beside(path: str) -> str:
-        return path if is_address(path) else os.path.join(os.path.dirname(source), path)
+    caches, itself, around = chain_of(source)
+    folder = itself.removesuffix(os.path.basename(itself))
 
-    if source.lower().endswith(".txt"):
+    def beside(path: str) -> str:
+        return path if is_address(path) or os.path.isabs(path) else f"{caches}{folder}{path}{around}"
+
+    if suffix_of(source) == ".txt":
         try:
-            with fsspec.open(source, "rb") as content:
+            with open_list(source) as content:
                 for line in io.TextIOWrapper(content, "utf-8-sig"):
                     if line.strip():
                         path = beside(line.rstrip("\r\n"))
@@ -245,14 +294,37 @@ def _of_row(cells: dict, where: str, path: str, row: int | None = None) -> Input
 
 def _plain(item: Input) -> Input:
     """The input with its path in a plain form, so that ./x and x are the same input."""
-    if is_address(item.path) or "./" not in item.path:
-        return item
-    path = re.sub(r"(?<![^/])(\./+)+", "", item.path)
+    path = _plain_path(item.path)
     return replace(item, path=path, id=path if item.id == item.path else item.id)
 
 
+def _plain_path(path: str) -> str:
+    """The same text for all spellings of a path; a symbolic link is a name of its own."""
+    local = local_path(path)
+    if is_address(local):
+        return path
+    whole = re.sub("^//+", "/", local if os.path.isabs(local) else os.path.join(os.getcwd(), local))
+    if ".." not in whole:
+        return os.path.normpath(whole)
+    plain, *parts = Path(whole).parts
+    for part in parts:
+        if part != "..":
+            plain = os.path.join(plain, part)
+        elif os.path.isdir(plain):  # The folder above a link is that above the folder to which it leads.
+            plain = os.path.dirname(os.path.realpath(plain) if os.path.islink(plain) else plain)
+        else:
+            return whole  # There is nothing at this path.
+    return plain
+
+
+def name_of(item: Input) -> bytes:
+    """What tells an input from others; a pipe or broken link is the same input as the file that takes its place."""
+    problem = NOT_UTF8 if item.problem == NOT_UTF8 else None
+    return repr(astuple(replace(item, problem=problem))).encode(errors="surrogateescape")
+
+
 def _key(item: Input) -> bytes:
-    return hashlib.blake2b(repr(astuple(item)).encode(errors="surrogateescape"), digest_size=16).digest()
+    return hashlib.blake2b(name_of(item), digest_size=16).digest()
 
 
 def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dict:
@@ -297,4 +369,9 @@ class Plan:
         return self.file.metadata.row_group(unit).num_rows
 
     def unit(self, number: int) -> list[Input]:
-        return [Input(**row) for row in self.file.read_row_group(number).to_pylist()]
+        """The inputs of a unit; a pipe or broken link may have been mended since they were listed."""
+        items = [Input(**row) for row in self.file.read_row_group(number).to_pylist()]
+        return [
+            item if item.problem in (None, NOT_UTF8) else replace(item, problem=unreadable_kind(item.path))
+            for item in items
+        ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import glob
 import io
 import itertools
@@ -12,14 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bat_audio_tools.machine import require
-from bat_audio_tools.names import hub_id, is_address
+from bat_audio_tools.names import hub_id, is_address, suffix_of
 
-# The names of sound files end in one of these, or in the name of a format of libsndfile.
-OTHER_SUFFIXES = {".aif", ".aifc", ".iff", ".oga", ".opus", ".sf", ".snd", ".sph"}
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
-# Files that the ffmpeg program reads and libsndfile does not have names that end in one of these.
-FFMPEG_SUFFIXES = {".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
+# Containers with sound that PyAV reads, by the names that FFmpeg gives them when it reads, and when it writes.
+CONTAINERS = """
+    aa aac ac3 adts adx aiff amr ape asf au avi caf dsf dts dtshd dvd eac3 flac flv gsm iff ipod latm loas matroska mlp
+    mov mp2 mp3 mpc mpc8 mpeg mpegts mxf nut oga ogg ogv oma opus rm shn spx tak truehd tta vob voc vqf w64 wav webm wv
+    xwma
+"""
+# Neither PyAV nor libsndfile tells these suffixes of files that they read.
+OTHER_SUFFIXES = """
+    .3gpp .awb .bwf .dff .dsf .f4a .iff .loas .m4r .mp1 .ogm .ogx .qt .rmvb .sf .snd .sph .wave .weba .xwma
+"""
+# PyAV tells these too, but most such files hold pictures, subtitles or text.
+NOT_SOUNDS = ".apl .avif .heic .heif .ism .mks .psp"
+LONGEST = 1e12  # Seconds; with the rate of any file, so many still make a number of samples in 64 bits.
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +49,21 @@ class EmbeddedAudio:
         return file
 
 
-def sound_suffixes() -> set[str]:
-    """The suffixes of files that libsndfile reads, in small letters."""
-    suffixes = {f".{name.lower()}" for name in require("soundfile").available_formats()} | OTHER_SUFFIXES
-    return suffixes - {".raw"}  # A .raw file has no header that tells what is in it.
+@functools.cache
+def sound_suffixes() -> frozenset[str]:
+    """The suffixes of files with sound that libsndfile or PyAV reads, in small letters."""
+    container = require("av", "embed").format.ContainerFormat
+    names = set(require("soundfile", "embed").available_formats())
+    for name, mode in itertools.product(CONTAINERS.split(), "rw"):
+        with contextlib.suppress(ValueError):  # Most containers have another name in the other mode, or none.
+            names |= container(name, mode).extensions
+    suffixes = {f".{name.lower()}" for name in names}.union(OTHER_SUFFIXES.split())
+    return frozenset(suffixes.difference(NOT_SOUNDS.split(), [".raw"]))  # No header tells what is in a .raw file.
 
 
-def all_sound_suffixes() -> set[str]:
-    """The suffixes of `sound_suffixes`, and those of files that the ffmpeg program reads."""
-    return sound_suffixes() | FFMPEG_SUFFIXES
-
-
-def known_suffixes() -> set[str]:
-    """The suffixes of `all_sound_suffixes`, and those of lists of sounds."""
-    return all_sound_suffixes() | set(LIST_SUFFIXES)
+def known_suffixes() -> frozenset[str]:
+    """The suffixes of `sound_suffixes`, and those of lists of sounds."""
+    return sound_suffixes().union(LIST_SUFFIXES)
 
 
 def check_source(source: str):
@@ -61,10 +72,11 @@ def check_source(source: str):
     Args:
         source: a file, folder or glob, an address, or the name of a dataset on the Hub.
     """
-    if is_address(source) or os.path.exists(source) or glob.has_magic(source):
+    # A link that leads nowhere is there, and is told of as a broken recording.
+    if is_address(source) or os.path.lexists(source) or glob.has_magic(source):
         return
     # The path of a missing sound or list may look like a name on the Hub, but for its suffix.
-    if not hub_id(source) or Path(source).suffix.lower() in known_suffixes():
+    if not hub_id(source) or suffix_of(source) in known_suffixes():
         raise FileNotFoundError(f"{source}: no such file or folder, and nothing that matches.")
 
 
@@ -107,12 +119,19 @@ def manifest_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
             yield where, cells
 
 
-@contextlib.contextmanager
-def _open_manifest(file: str) -> Iterator["csv.DictReader | pyarrow.parquet.ParquetFile"]:  # noqa: F821
+def open_list(file: str) -> contextlib.AbstractContextManager[io.IOBase]:
+    """The bytes of a list, which may be an address of fsspec."""
+    if not is_address(file):
+        return open(file, "rb")
     import fsspec
 
-    with fsspec.open(file, "rb") as content:
-        if file.lower().endswith(".csv"):
+    return fsspec.open(file, "rb")
+
+
+@contextlib.contextmanager
+def _open_manifest(file: str) -> Iterator["csv.DictReader | pyarrow.parquet.ParquetFile"]:  # noqa: F821
+    with open_list(file) as content:
+        if suffix_of(file) == ".csv":
             try:
                 yield csv.DictReader(io.TextIOWrapper(content, "utf-8-sig", newline=""), strict=True)
             except (UnicodeDecodeError, csv.Error) as error:
@@ -206,6 +225,6 @@ def read_seconds(cells: dict, column: str, where: str) -> float | None:
         seconds = float(value)
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{where}: {column}={value!r} is no time; expected seconds from 0 on, or nothing.")
+    if not 0 <= seconds <= LONGEST:
+        raise ValueError(f"{where}: {column}={value!r} is no time; expected seconds from 0 to {LONGEST:g}, or nothing.")
     return seconds

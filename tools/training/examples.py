@@ -18,7 +18,7 @@ from transformers.utils import logging
 from bat_audio.audio_bat import Sound
 from bat_audio.processing_bat import BatAudioProcessor
 from bat_audio_tools.machine import require
-from bat_audio_tools.names import some_of
+from bat_audio_tools.names import some_of, unreadable_kind
 from bat_audio_tools.sounds.manifests import (
     MANIFEST_SUFFIXES,
     EmbeddedAudio,
@@ -115,7 +115,7 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
     if not clips:
         raise ValueError(f"{name}: there are no rows in it.")
     files = {file for file, _, _ in clips if isinstance(file, str)}
-    missing = sorted(file for file in files if not os.path.isfile(file))
+    missing = sorted(file for file in files if not os.path.isfile(file) and not unreadable_kind(file))
     if missing:
         raise FileNotFoundError(
             f"{name}: {len(missing)} of {len(files)} sound files are not there: {some_of(missing)}. Correct the paths"
@@ -136,7 +136,7 @@ def _folder_examples(folder: Path) -> list[Example]:
         return path.suffix.lower() in suffixes
 
     paths = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    stray = [path for path in paths if is_sound(path) and path.is_file()]
+    stray = [path for path in paths if is_sound(path) and not path.is_dir()]
     if stray:
         raise ValueError(
             f"{folder}: {len(stray)} sounds lie in no class folder: {some_of(stray)}. Expected FOLDER/label/sound: "
@@ -151,7 +151,7 @@ def _folder_examples(folder: Path) -> list[Example]:
         sounds = sorted(filter(is_sound, files))
         if not sounds:
             raise ValueError(
-                f"{class_folder}: no sound file in this class folder that can be read ({' '.join(sorted(suffixes))}); "
+                f"{class_folder}: no file in this class folder is a sound by its name (.wav, .flac, .mp3, .m4a, ...); "
                 "fill it or remove it."
             )
         skipped += sorted(set(files) - set(sounds))
@@ -245,6 +245,8 @@ def check_clips(examples: Sequence[Example], processor: BatAudioProcessor):
     window = processor.n_fft / processor.sample_rate
 
     def problem(example: Example) -> str | None:
+        if kind := unreadable_kind(str(example.source)):
+            return f"{example.source}: {kind}"
         duration = window if example.duration is None else min(window, example.duration)
         try:
             processor.log_mel(replace(example, duration=duration).load(processor))

@@ -6,7 +6,6 @@ Shapes: T frames of 10 ms, M mel bands; V views of a clip, each with K of its pa
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import astuple
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from bat_audio.audio_bat import Sound, load_audio
 from bat_audio.processing_bat import BatAudioProcessor, fit_frames
 from bat_audio_tools.folders import whole
-from bat_audio_tools.sounds.listing import SCHEMA, list_inputs, read_dataset
+from bat_audio_tools.sounds.listing import SCHEMA, list_inputs, name_of, read_dataset
 from bat_audio_tools.sounds.manifests import without_decoding
 from bat_audio_tools.sounds.reading import Input, opened
 from bat_audio_tools.training.clips import EpochOrder
@@ -64,7 +63,7 @@ class Recordings:
             facts = json.loads(parquet.read_metadata(table).metadata[b"survey"])
             digest = hashlib.sha256()
             for item in self._items():
-                digest.update(_name_of(item))
+                digest.update(name_of(item))
             if facts["digest"] != digest.hexdigest():
                 facts = {}
         if not facts:
@@ -95,7 +94,7 @@ class Recordings:
             while chunk := list(islice(items, SURVEY_CHUNK)):
                 rows = []
                 for item, measured in zip(chunk, threads.map(self._seconds, chunk), strict=True):
-                    digest.update(_name_of(item))
+                    digest.update(name_of(item))
                     if isinstance(measured, str):
                         broken.append(f"{item.path}: {measured}")
                     else:
@@ -126,10 +125,6 @@ class Recordings:
         if item.duration is not None:
             seconds = min(seconds, item.duration)
         return seconds if seconds > 0 else f"holds nothing from {item.start} s on"
-
-
-def _name_of(item: Input) -> bytes:
-    return repr(astuple(item)).encode(errors="surrogateescape")
 
 
 class MaskedClips(torch.utils.data.Dataset):
