@@ -9,10 +9,12 @@ import socket
 import struct
 import threading
 import tracemalloc
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import av
 import numpy as np
+import pandas
 import pytest
 import soundfile
 import torch
@@ -23,9 +25,11 @@ from pyarrow import parquet
 from bat_audio import BatAudioProcessor, BatFeatureExtractor, Sound, audio_bat, load_audio
 from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
 from bat_audio_tools.embedding import windows
+from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings
+from bat_audio_tools.sounds.listing import list_inputs
 from bat_audio_tools.sounds.reading import Input
 from bat_audio_tools.training import masked_clips
-from bat_audio_tools.training.examples import Example
+from bat_audio_tools.training.examples import Example, read_examples
 
 RATE = 16000
 SECONDS = 5.37
@@ -312,6 +316,45 @@ def test_channels_of_opposite_phase(caplog):
             load_audio(content, channel=wrong)
     load_audio(encoded("alac.m4a"), channel=0)
     assert not caplog.records
+
+
+@pytest.fixture
+def two_channels(tmp_path):
+    """A file whose channels cancel each other out, and the samples of its second one."""
+    path = tmp_path / "two.wav"
+    soundfile.write(path, np.stack([CHIRP, -CHIRP], axis=1), RATE, subtype="FLOAT")
+    return path, -CHIRP
+
+
+def test_channels_of_lists_and_options(two_channels, tmp_path):
+    """The column of a list goes before the option."""
+    path, second = two_channels
+    (tmp_path / "list.csv").write_text("path,labels,channel,start\ntwo.wav,a,1,0\ntwo.wav,a,,1\ntwo.wav,a,mean,2\n")
+    pandas.DataFrame({"path": ["two.wav", "two.wav"], "labels": "a", "channel": [1, None]}).to_parquet(
+        tmp_path / "list.parquet"
+    )
+    expected = {"list.csv": ["1", "0", "mean"], "list.parquet": ["1", "0"], "two.wav": ["0"]}
+    for name, channels in expected.items():
+        items = [item for item, _ in list_inputs([str(tmp_path / name)], None, channel="0")]
+        assert [item.channel for item in items] == channels
+        if name != "two.wav":
+            assert [example.channel for example in read_examples(tmp_path / name, channel="0")] == channels
+    _, window = next(windows.read_windows(None, CUT, [(0, replace(items[0], channel="1"), None)], ahead=1))
+    np.testing.assert_array_equal(window.samples, second[:RATE])
+    example = Example(str(path), ("a",), channel="1")
+    np.testing.assert_array_equal(example.load(BatAudioProcessor()), second)
+    for wrong in ("left", "-1", "1.5"):
+        (tmp_path / "wrong.csv").write_text(f"path,labels,channel\ntwo.wav,a,{wrong}\n")
+        for read in (
+            lambda: list(list_inputs([str(tmp_path / "wrong.csv")], None)),
+            lambda: read_examples(tmp_path / "wrong.csv"),
+        ):
+            with pytest.raises(ValueError, match=rf"wrong\.csv, line 2: channel='{wrong}' is unknown; expected mean"):
+                read()
+        for settings in (EmbedSettings, FinetuneSettings, PretrainSettings):
+            first = {EmbedSettings: "inputs", FinetuneSettings: "train", PretrainSettings: "data"}[settings]
+            with pytest.raises(ValueError, match=f"channel='{wrong}' is unknown"):
+                settings(**{first: "x"}, out="x", channel=wrong)
 
 
 # What is no file of sound

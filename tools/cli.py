@@ -23,6 +23,7 @@ from bat_audio_tools.settings import (
     FinetuneSettings,
     PretrainSettings,
     StartError,
+    channel_number,
     check_export,
     check_head_pooling,
     check_part,
@@ -39,6 +40,7 @@ Untrained = Annotated[bool, typer.Option("--untrained", help="Take random weight
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.")]
 Start = Annotated[float, typer.Option(help="Where the part of the recording begins, in seconds.")]
 Duration = Annotated[float | None, typer.Option(help="Length of the part in seconds; default: to the end.")]
+Channel = Annotated[str, typer.Option(help="Channel of the recording: mean of all, or a number from 0 on.")]
 
 
 class UsageError(ValueError):
@@ -163,6 +165,7 @@ def show(
     heads: Annotated[str | None, typer.Option(help="Heads to show, such as 1,5; default: the mean of all.")] = None,
     start: Start = 0.0,
     duration: Duration = None,
+    channel: Channel = "mean",
     device: Device = "auto",
 ):
     """Draw a recording as the encoder sees it: waveform, log-mel features, patch tokens and attention.
@@ -179,14 +182,15 @@ def show(
         check_picture(out)
         check_file(source)
         check_part(start, duration)
+        channel = channel_number(channel)
         check_checkpoint(checkpoint)
         if untrained and checkpoint:
             raise ValueError("--untrained takes random weights, so it takes no --checkpoint.")
     begin_work("loading the encoder")
     from bat_audio_tools.show import show
 
-    options = {"checkpoint": checkpoint, "untrained": untrained, "device": device, "start": start, "duration": duration}
-    show(source, out, block=block, heads=numbers, **options)
+    options = {"checkpoint": checkpoint, "untrained": untrained, "device": device}
+    show(source, out, block=block, heads=numbers, start=start, duration=duration, channel=channel, **options)
     print_result(picture=out)
 
 
@@ -199,6 +203,7 @@ def similar(
     checkpoint: Annotated[str | None, typer.Option(help="The table's checkpoint, if it lies elsewhere now.")] = None,
     start: Start = 0.0,
     duration: Duration = None,
+    channel: Channel = "mean",
     device: Device = "auto",
 ):
     """Find what sounds like a recording in a table of embeddings: the rows with the largest cosines.
@@ -213,11 +218,13 @@ def similar(
         check_file(query)
         check_folder(table)
         check_part(start, duration)
+        channel = channel_number(channel)
         check_checkpoint(checkpoint)
     begin_work("loading the encoder")
     from bat_audio_tools.similar import similar
 
-    rows = similar(query, table, k, checkpoint=checkpoint, device=device, start=start, duration=duration)
+    options = {"start": start, "duration": duration, "channel": channel}
+    rows = similar(query, table, k, checkpoint=checkpoint, device=device, **options)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

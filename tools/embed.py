@@ -92,7 +92,7 @@ def begin(settings: EmbedSettings, table: Table, sources: list, dataset: tuple |
     else:
         # The first plan stays, because a file may have another size by now, which could change the limits of the units.
         with open(os.devnull, "wb") if goes_on else table.write("inputs.parquet") as file:
-            inputs = write_plan(list_inputs(sources, dataset), file, settings.shard_size)
+            inputs = write_plan(list_inputs(sources, dataset, settings.channel), file, settings.shard_size)
         inputs["folder"] = os.getcwd() if dataset is None and any(map(_is_relative, sources)) else None
     inputs["fingerprint"] = None if dataset is None else dataset[0]._fingerprint
     # Writing it as JSON and reading it makes it comparable with what is stored.

@@ -210,11 +210,13 @@ def _frame_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _read_data(settings: FinetuneSettings) -> tuple[list, list]:
-    examples = read_examples(settings.train, settings.frames, settings.train_split)
+    examples = read_examples(settings.train, settings.frames, settings.train_split, settings.channel)
     if settings.validation is not None:
-        return examples, read_examples(settings.validation, settings.frames, settings.validation_split)
+        return examples, read_examples(
+            settings.validation, settings.frames, settings.validation_split, settings.channel
+        )
     if settings.validation_split is not None:
-        return examples, read_examples(settings.train, settings.frames, settings.validation_split)
+        return examples, read_examples(settings.train, settings.frames, settings.validation_split, settings.channel)
     return split_examples(examples, settings.validation_fraction, settings.seed)
 
 

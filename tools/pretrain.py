@@ -97,7 +97,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, float]:
     out = Path(settings.out)
     work = training_folder(out)
     require("matplotlib.figure")  # If it is missing, the error comes before the training, not at its end.
-    recordings = Recordings(settings.data, settings.split)
+    recordings = Recordings(settings.data, settings.split, settings.channel)
     args = training_arguments(
         settings,
         work,

@@ -60,6 +60,9 @@ def _free(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help, "is_free": True})
 
 
+CHANNEL = "Channel of the sounds: mean of all, or a number from 0 on. The column channel of a list goes before."
+
+
 class StartError(OSError):
     """A run cannot begin: weights cannot be had, or the folder cannot be used. Nothing has been computed."""
 
@@ -78,6 +81,8 @@ class FinetuneSettings:
     validation_fraction: float = _option(0.1, "Share of the training clips to hold out where there is no --validation.")
     train_split: str | None = _option(None, "Split of a DatasetDict to train on.")
     validation_split: str | None = _option(None, "Split of a DatasetDict to validate on.")
+
+    channel: str = _option("mean", CHANNEL)
 
     checkpoint: str | None = _option(None, "Encoder: folder, .safetensors or Hub name; default: the published weights.")
     untrained: bool = _option(False, "Start from random weights.")
@@ -140,6 +145,7 @@ class FinetuneSettings:
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not known; expected {' or '.join(PRESETS)}.")
+        object.__setattr__(self, "channel", check_channel(self.channel))
         if self.head not in (None, *HEADS):
             raise ValueError(f"head={self.head!r} is not known; expected {', '.join(HEADS)}.")
         check_head_pooling(self.head_pooling)
@@ -189,6 +195,7 @@ class PretrainSettings:
     )
     out: str = field(metadata={"help": "Folder to write the encoder to; must not exist."})
     split: str | None = _option(None, "Split of a dataset.")
+    channel: str = _option("mean", CHANNEL)
     init: str | None = _option(
         None, "Encoder to go on from: folder, .safetensors or Hub name; default: random weights."
     )
@@ -229,6 +236,7 @@ class PretrainSettings:
     )
 
     def __post_init__(self):
+        object.__setattr__(self, "channel", check_channel(self.channel))
         if self.init and self.config:
             raise ValueError("config belongs to a new encoder; that of init has its own.")
         if self.mask_block < 1 or self.mask_block % 2 == 0:
@@ -311,7 +319,7 @@ class EmbedSettings(RowSettings):
         metadata={
             "is_free": True,
             "help": "Files, folders, globs, lists of files (.txt, or .csv or .parquet with the column path and perhaps "
-            "id, start and duration), or a dataset: saved, or of the Hub.",
+            "id, start, duration and channel), or a dataset: saved, or of the Hub.",
         }
     )
     out: str = field(metadata={"is_free": True, "help": "Folder to write, or its address (s3://, gs://, hf://)."})
@@ -319,6 +327,7 @@ class EmbedSettings(RowSettings):
         False, "Go on with the list of inputs that the table was begun with, whatever has come or gone since."
     )
     split: str | None = _free(None, "Split of a dataset that has several.")
+    channel: str = _option("mean", CHANNEL)
 
     segment: float | None = _option(None, f"Length of the windows, in seconds; default: {SEGMENT}.")
     hop: float | None = _option(
@@ -339,6 +348,7 @@ class EmbedSettings(RowSettings):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "out", os.fspath(self.out))
+        object.__setattr__(self, "channel", check_channel(self.channel))
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is not known; expected {', '.join(ENGINES)}.")
         if self.whole and (self.segment is not None or self.hop is not None):
@@ -367,6 +377,20 @@ class EmbedSettings(RowSettings):
 def check_head_pooling(head_pooling: str):
     if head_pooling not in HEAD_POOLINGS:
         raise ValueError(f"head_pooling={head_pooling!r} is not known; expected {' or '.join(HEAD_POOLINGS)}.")
+
+
+def check_channel(channel: str | int) -> str:
+    """The channel as text; raises a ValueError where it is neither "mean" nor a number from 0 on."""
+    text = str(channel)
+    if text != "mean" and not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"channel={channel!r} is unknown; expected mean, or the number of a channel from 0 on.")
+    return text
+
+
+def channel_number(channel: str | int) -> str | int:
+    """The channel as `load_audio` takes it; errors as of `check_channel`."""
+    text = check_channel(channel)
+    return text if text == "mean" else int(text)
 
 
 def check_part(start: float, duration: float | None):

@@ -193,6 +193,7 @@ def show(
     heads: Sequence[int] | None = None,
     start: float = 0.0,
     duration: float | None = None,
+    channel: str | int = "mean",
 ) -> View:
     """Write a picture of a sound file, or of a part of it, and return what is in it.
 
@@ -208,6 +209,7 @@ def show(
         block: whose attention to show, 1 for the one next to the input; None for the last.
         heads: to show each by itself, from 1; None for the mean of all.
         start, duration: the part of the file, in seconds; a duration of None reaches to its end.
+        channel: as of `load_audio`.
 
     Raises:
         ValueError: another kind of picture, no such block, head or device, or a sound file that cannot be read.
@@ -225,7 +227,7 @@ def show(
     wrong = [head for head in heads or () if not 1 <= head <= config.num_attention_heads]
     if wrong:
         raise ValueError(f"heads={wrong}: each block has the heads 1 to {config.num_attention_heads}.")
-    waveform = load_audio(source, start, duration, config.sample_rate)
+    waveform = load_audio(source, start, duration, config.sample_rate, channel)
     view = look(model, waveform, block)
     figure = draw(view, config, name=Path(source).name, block=block, heads=heads, start=start)
     if untrained:

@@ -45,6 +45,7 @@ def similar(
     device: str = "auto",
     start: float = 0.0,
     duration: float | None = None,
+    channel: str | int = "mean",
 ) -> list[dict]:
     """The rows of a table that are nearest to a recording, see `nearest_rows`.
 
@@ -58,6 +59,7 @@ def similar(
         checkpoint: where the table's checkpoint lies now, if not where metadata.json says.
         device: to encode on, such as cuda:1; "auto" for a GPU where there is one, and else the CPU.
         start, duration: the part of the recording, in seconds; a duration of None reaches to its end.
+        channel: as of `load_audio`.
 
     Raises:
         ValueError: an unreadable recording, another checkpoint than the table's, or as in `nearest_rows`.
@@ -92,7 +94,7 @@ def similar(
             "embeddings cannot be compared. Name the table's own checkpoint (--checkpoint)."
         )
     with opened(str(query), None) as source:
-        samples = load_audio(source, start, duration, config.sample_rate).numpy()
+        samples = load_audio(source, start, duration, config.sample_rate, channel).numpy()
     seconds = len(samples) / config.sample_rate
     if seconds > LONG_QUERY * segment:
         logger.warning(

@@ -36,6 +36,7 @@ from bat_audio_tools.sounds.manifests import (
     manifest_columns,
     manifest_rows,
     open_list,
+    read_channel,
     read_seconds,
     sound_suffixes,
 )
@@ -54,6 +55,7 @@ SCHEMA = pa.schema(
         "duration": pa.float64(),
         "row": pa.int64(),
         "problem": pa.string(),
+        "channel": pa.string(),
     }
 )
 logger = logging.get_logger(__name__)
@@ -85,7 +87,11 @@ def read_dataset(sources: Sequence, split: str | None) -> tuple["datasets.Datase
     return None
 
 
-def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | None) -> Iterator[tuple[Input, int]]:  # noqa: F821
+def list_inputs(
+    sources: Sequence,
+    dataset: tuple["datasets.Dataset", str] | None,  # noqa: F821
+    channel: str = "mean",
+) -> Iterator[tuple[Input, int]]:
     """Every recording with its size in bytes, where that costs nothing to know, and else 0.
 
     Args:
@@ -94,11 +100,17 @@ def list_inputs(sources: Sequence, dataset: tuple["datasets.Dataset", str] | Non
             files with a path per line, and .csv or .parquet files with the column `path` and optionally `id`, and
             `start` and `duration` in seconds; their paths are relative to the file itself.
         dataset: as of `read_dataset`; takes the place of the sources.
+        channel: of the recordings for which a list or dataset names none, as in `Input`.
 
     Raises:
         ValueError: an input without sounds, or a list that cannot be read; the message names file and row.
         FileNotFoundError: no such input.
     """
+    for item, size in _listed(sources, dataset):
+        yield replace(item, channel=item.channel or channel), size
+
+
+def _listed(sources: Sequence, dataset: tuple | None) -> Iterator[tuple[Input, int]]:
     if dataset is not None:
         if len(dataset[0]) == 0:
             raise ValueError(f"{dataset[1]}: there are no rows in it.")
@@ -269,13 +281,13 @@ def _of_list(source: str) -> Iterator[Input]:
             raise ValueError(f"{source}: cannot be read as text in UTF-8: {error}.") from error
     else:
         check_columns(manifest_columns(source), source, ["path"])
-        for where, cells in manifest_rows(source, ["path", "id", "start", "duration"]):
+        for where, cells in manifest_rows(source, ["path", "id", "start", "duration", "channel"]):
             yield _of_row(cells, where, beside(cells["path"]))
 
 
 def _of_dataset(dataset: "datasets.Dataset", name: str) -> Iterator[Input]:  # noqa: F821
     check_columns(dataset.column_names, name, ["audio"])
-    others = [column for column in ("id", "start", "duration") if column in dataset.column_names]
+    others = [column for column in ("id", "start", "duration", "channel") if column in dataset.column_names]
     rows = dataset.select_columns(others).with_format(None) if others else [{}] * len(dataset)
     for number, (cells, sound) in enumerate(zip(rows, dataset_sounds(dataset, name), strict=True)):
         row = number if isinstance(sound, EmbeddedAudio) else None
@@ -288,7 +300,12 @@ def _of_row(cells: dict, where: str, path: str, row: int | None = None) -> Input
         raise ValueError(f"{where}: duration=0 holds no sound; leave it empty to reach to the end of the file.")
     name = cells.get("id")
     return Input(
-        path if name in (None, "") else str(name), path, read_seconds(cells, "start", where) or 0.0, duration, row
+        id=path if name in (None, "") else str(name),
+        path=path,
+        start=read_seconds(cells, "start", where) or 0.0,
+        duration=duration,
+        row=row,
+        channel=read_channel(cells, where),
     )
 
 

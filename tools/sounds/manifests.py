@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import hub_id, is_address, suffix_of
+from bat_audio_tools.settings import check_channel
 
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 LIST_SUFFIXES = (".txt", *MANIFEST_SUFFIXES)
@@ -215,6 +216,19 @@ def check_columns(columns: Sequence[str], name: str, required: Sequence[str]):
             f"{name}: no column {' and no '.join(map(repr, missing))} among {', '.join(map(repr, columns)) or 'none'}; "
             "add it, or rename a column (commas separate those of a CSV file)."
         )
+
+
+def read_channel(cells: dict, where: str) -> str | None:
+    """The cell `channel`, None where it is empty or there is no such column."""
+    value = cells.get("channel")
+    if value in (None, "") or value != value:  # An empty cell of a column of numbers is NaN.
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        return check_channel(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_seconds(cells: dict, column: str, where: str) -> float | None:

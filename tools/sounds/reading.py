@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import fsspec
 
 from bat_audio_tools.names import is_address
+from bat_audio_tools.settings import channel_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Input:
         start, duration: the part, in seconds; a duration of None reaches to the end of the file.
         row: of the sound inside a dataset.
         problem: why it cannot be embedded, where that is known before it is read.
-        channel: "mean" of all, or the number of one from 0 on.
+        channel: "mean" of all, which None stands for too, or the number of one from 0 on.
     """
 
     id: str
@@ -29,12 +30,12 @@ class Input:
     duration: float | None = None
     row: int | None = None
     problem: str | None = None
-    channel: str = "mean"
+    channel: str | None = None
 
     @property
     def channel_to_read(self) -> str | int:
         """The channel as `load_audio` takes it."""
-        return self.channel if self.channel == "mean" else int(self.channel)
+        return channel_number(self.channel or "mean")
 
     def content(self, sounds: "datasets.Dataset | None") -> bytes | None:  # noqa: F821
         """The bytes of a sound inside the dataset `sounds` of `without_decoding`; None for any other recording."""

@@ -19,6 +19,7 @@ from bat_audio.audio_bat import Sound
 from bat_audio.processing_bat import BatAudioProcessor
 from bat_audio_tools.machine import require
 from bat_audio_tools.names import some_of, unreadable_kind
+from bat_audio_tools.settings import channel_number
 from bat_audio_tools.sounds.manifests import (
     MANIFEST_SUFFIXES,
     EmbeddedAudio,
@@ -28,11 +29,12 @@ from bat_audio_tools.sounds.manifests import (
     load_named_dataset,
     manifest_columns,
     manifest_rows,
+    read_channel,
     read_seconds,
     sound_suffixes,
 )
 
-MANIFEST_COLUMNS = ("path", "labels", "label", "start", "duration", "onset", "offset")
+MANIFEST_COLUMNS = ("path", "labels", "label", "start", "duration", "channel", "onset", "offset")
 logger = logging.get_logger(__name__)
 
 
@@ -45,6 +47,7 @@ class Example:
         labels: what the clip holds, each label once; may be empty.
         start, duration: the part, in seconds; a duration of None reaches to the end of the file.
         events: (onset, offset, label), in seconds from the clip's start; only for frame-wise training.
+        channel: of the file, "mean" or a number from 0 on.
     """
 
     source: str | EmbeddedAudio
@@ -52,28 +55,29 @@ class Example:
     start: float = 0.0
     duration: float | None = None
     events: tuple[tuple[float, float, str], ...] = ()
+    channel: str = "mean"
 
     def load(self, processor: BatAudioProcessor) -> torch.Tensor:
         """The waveform (samples,) at the processor's rate; errors as of `load_audio`."""
-        return processor.load_audio(self.open(), self.start, self.duration)
+        return processor.load_audio(self.open(), self.start, self.duration, channel_number(self.channel))
 
     def open(self) -> str | io.BytesIO:
         return self.source if isinstance(self.source, str) else self.source.open()
 
 
-def read_examples(source, frames: bool = False, split: str | None = None) -> list[Example]:
+def read_examples(source, frames: bool = False, split: str | None = None, channel: str = "mean") -> list[Example]:
     """The clips of a data source, in its order (those of a folder sorted by name).
 
     Args:
         source: one of
 
-            - a folder of class folders, FOLDER/label/**/*.wav, with files of any format that libsndfile reads; hidden
-              files are left out, and other files with a warning;
+            - a folder of class folders, FOLDER/label/**/*.wav, with sound files of any format; hidden files are left
+              out, and other files with a warning;
             - a CSV (commas, UTF-8) or Parquet file with the columns `path` (relative to the file's own folder) and
-              `labels`, and optionally `start` and `duration` in seconds. Rows about the same part of a sound file are
-              one clip with the labels of all of them;
+              `labels`, and optionally `start` and `duration` in seconds and `channel`. Rows about the same part of a
+              sound file are one clip with the labels of all of them;
             - a `datasets.Dataset` or `DatasetDict`, a folder written by its save_to_disk, or the name of one on the
-              Hub, with the columns `audio` and `labels`, and optionally `start` and `duration`.
+              Hub, with the columns `audio` and `labels`, and optionally `start`, `duration` and `channel`.
 
             The column `labels`, or else `label`, holds text (several labels are separated by ";"), class numbers, a
             list of these, or nothing for a clip without labels.
@@ -82,6 +86,7 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
             labels is a clip without events. A dataset has the column `events` in place of `labels`: for every clip a
             list of dicts with `onset`, `offset` and `label`.
         split: which dataset of a DatasetDict.
+        channel: of the clips for which no column tells one, "mean" or a number from 0 on.
 
     Raises:
         ValueError: missing columns or sounds, wrong times or labels; the message names file, row and column.
@@ -101,20 +106,21 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
                 raise ValueError(
                     f"{name}: a folder tells no onsets; frame-wise training needs a .csv or .parquet file."
                 )
-            return _folder_examples(path)
+            return _folder_examples(path, channel)
     is_manifest = isinstance(source, str | Path)
     rows = _manifest_rows(path, frames) if is_manifest else _dataset_rows(source, name, frames, split)
 
-    # The keys are clips (file, start, duration). A clip's value is a dict with its events as keys, each of them once.
+    # The keys are clips (file, start, duration, channel), the values dicts whose keys are a clip's events, each once.
     clips: dict[tuple, dict] = {}
     for where, file, cells in rows:
-        clip = file, read_seconds(cells, "start", where) or 0.0, read_seconds(cells, "duration", where)
-        if clip[2] == 0:
+        start, duration = read_seconds(cells, "start", where) or 0.0, read_seconds(cells, "duration", where)
+        clip = file, start, duration, read_channel(cells, where) or channel
+        if duration == 0:
             raise ValueError(f"{where}: duration=0 holds no sound; leave it empty to reach to the end of the file.")
-        clips.setdefault(clip, {}).update(dict.fromkeys(_events(cells, where, clip[2], frames)))
+        clips.setdefault(clip, {}).update(dict.fromkeys(_events(cells, where, duration, frames)))
     if not clips:
         raise ValueError(f"{name}: there are no rows in it.")
-    files = {file for file, _, _ in clips if isinstance(file, str)}
+    files = {file for file, *_ in clips if isinstance(file, str)}
     missing = sorted(file for file in files if not os.path.isfile(file) and not unreadable_kind(file))
     if missing:
         raise FileNotFoundError(
@@ -123,13 +129,18 @@ def read_examples(source, frames: bool = False, split: str | None = None) -> lis
         )
     return [
         Example(
-            file, tuple(dict.fromkeys(event[2] for event in events)), start, duration, tuple(events) if frames else ()
+            source=file,
+            labels=tuple(dict.fromkeys(event[2] for event in events)),
+            start=start,
+            duration=duration,
+            events=tuple(events) if frames else (),
+            channel=channel,
         )
-        for (file, start, duration), events in clips.items()
+        for (file, start, duration, channel), events in clips.items()
     ]
 
 
-def _folder_examples(folder: Path) -> list[Example]:
+def _folder_examples(folder: Path, channel: str) -> list[Example]:
     suffixes = sound_suffixes()
 
     def is_sound(path: Path) -> bool:
@@ -155,7 +166,7 @@ def _folder_examples(folder: Path) -> list[Example]:
                 "fill it or remove it."
             )
         skipped += sorted(set(files) - set(sounds))
-        examples += [Example(str(file), (class_folder.name,)) for file in sounds]
+        examples += [Example(str(file), (class_folder.name,), channel=channel) for file in sounds]
     if not examples:
         raise ValueError(f"{folder}: no class folders in it; expected FOLDER/label/sound.wav.")
     if skipped:
@@ -195,7 +206,9 @@ def _dataset_rows(
             names = names[0]
         else:
             names = names.get("label") if isinstance(names, dict) else getattr(names, "feature", None)
-    others = dataset.select_columns([column for column in (target, "start", "duration") if column in columns])
+    others = dataset.select_columns(
+        [column for column in (target, "start", "duration", "channel") if column in columns]
+    )
     for number, (cells, file) in enumerate(zip(others.with_format(None), dataset_sounds(dataset, name), strict=True)):
         where = f"{name}, row {number}"
         events = (cells[target] or [{}]) if frames else [{"label": cells[target]}]

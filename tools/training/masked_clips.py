@@ -37,16 +37,17 @@ class Recordings:
     Args:
         data: one source or several, as for `bat-audio embed`.
         split: of a dataset.
+        channel: as of `list_inputs`.
 
     Raises:
         ValueError, OSError: as of `list_inputs` and `read_dataset`.
     """
 
-    def __init__(self, data, split: str | None):
+    def __init__(self, data, split: str | None, channel: str = "mean"):
         sources = data if isinstance(data, list | tuple) else [data]
         named = read_dataset(sources, split)
         self.sounds = None if named is None else without_decoding(*named)
-        self._sources, self._named = sources, named
+        self._sources, self._named, self._channel = sources, named, channel
 
     def survey(self, folder: Path, skip_broken: bool) -> dict:
         """Measure every recording by its header and write folder/recordings.parquet, unless it lists them already.
@@ -81,7 +82,7 @@ class Recordings:
         return facts
 
     def _items(self) -> Iterator[Input]:
-        return (item for item, _ in list_inputs(self._sources, self._named))
+        return (item for item, _ in list_inputs(self._sources, self._named, self._channel))
 
     def _measure(self, folder: Path) -> dict:
         schema = SCHEMA.append(pa.field("seconds", pa.float64()))
