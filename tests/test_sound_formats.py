@@ -17,8 +17,9 @@ import numpy as np
 import pandas
 import pytest
 import soundfile
+import soxr
 import torch
-from conftest import tiny_model
+from conftest import TESTS, tiny_model
 from encoded import FORMATS, chirp, encode, encoded, write_encoded
 from pyarrow import parquet
 
@@ -106,6 +107,35 @@ def test_every_format_through_every_door(name, tmp_path):
     clip = pretrain_door(path, tmp_path)
     np.testing.assert_allclose(clip[: len(expected)], expected[: len(clip)], rtol=0, atol=1e-6)
     assert not clip[len(expected) :].any()
+
+
+@pytest.mark.parametrize("name", ["speex.spx", "theora_vorbis.ogv"])
+def test_what_pyav_cannot_write(name, tmp_path):
+    path = TESTS / "sounds" / name
+    samples = load_audio(path).numpy()
+    assert len(samples) == pytest.approx(1.3 * RATE, abs=2)
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert np.argmax(spectrum) / len(samples) * RATE == pytest.approx(440, abs=2)
+    np.testing.assert_array_equal(load_audio(path.read_bytes()), samples)
+    np.testing.assert_array_equal(pipe().load_clip(str(path)), samples)
+    np.testing.assert_array_equal(embed_door(path, 0.5), samples)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(384000, 1), (8001, 1), (RATE, 64)])
+def test_unusual_rates_and_numbers_of_channels(rate, channels):
+    file = io.BytesIO()
+    samples = chirp(2.0, rate)
+    soundfile.write(file, np.repeat(samples[:, None], channels, axis=1), rate, format="WAV", subtype="FLOAT")
+    expected = soxr.resample(samples, rate, RATE, quality="HQ")
+    for content in (file.getvalue(), wav_of_unknown_length(file.getvalue())):
+        np.testing.assert_allclose(load_audio(content).numpy(), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(load_audio(content, 0.5, 0.7).numpy(), expected[8000:19200], rtol=0, atol=1e-5)
+
+
+def wav_of_unknown_length(content: bytes) -> bytes:
+    """As a recorder writes it that streams; FFmpeg decodes it."""
+    place = content.index(b"data") + 4
+    return content[:place] + bytes(4) + content[place + 4 :]
 
 
 # AAC fills up bands with noise that depends on what was decoded before.
