@@ -44,6 +44,7 @@ class Window:
 
     Args:
         start_s, end_s: in seconds from the start of the file; an `end_s` of None is unknown.
+        share: which part of its recording's windows it is; None where nothing tells the recording's length.
     """
 
     input: Input
@@ -51,6 +52,7 @@ class Window:
     end_s: float | None
     samples: np.ndarray | None = None
     error: str | None = None
+    share: float | None = None
 
     @property
     def place(self) -> dict:
@@ -294,7 +296,12 @@ class DecodingProcesses(Executor):
             return self.executor.submit(function, *arguments)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True):
-        """End the processes; what is under way is waited for, what is not is given up."""
+        """End the processes at once, even where a decoder is stuck, and give up what is under way."""
+        # No public name of Python before 3.14 tells the processes of an executor.
+        for process in self.executor._processes.values():
+            process.kill()
+        # Where one was killed while it sent a result, the rest of that would be waited for as long as it can come.
+        self.executor._result_queue._writer.close()
         self.executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
@@ -307,7 +314,7 @@ def result_of(future: Future, function: Callable, arguments: tuple) -> Any:
     try:
         return future.result()
     except BrokenExecutor:
-        with ProcessPoolExecutor(1, initializer=_begin_process) as alone:
+        with DecodingProcesses(1) as alone:
             return alone.submit(function, *arguments).result()
 
 
@@ -403,8 +410,12 @@ def read_windows(
         _, item, _ = task
         found = found or Found([Stretch(range(1), error=KILLS)])
         rest = streamed_rest(executor, task) if found.rest is None else read_rest(executor, task, found.rest, ahead)
+        number = None if found.rest is None else max(1, found.rest.stop)
         for stretch in itertools.chain(found.stretches, rest):
-            yield from ((unit, window) for window in cut.windows(item, stretch))
+            for window in cut.windows(item, stretch):
+                if number is not None:
+                    window.share = (1 if window.error is None else len(stretch.numbers)) / number
+                yield unit, window
 
 
 def read_rest(executor: Executor | None, task: tuple, numbers: range, ahead: int) -> Iterator[Stretch]:

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         "duration": pa.float64(),
         "row": pa.int64(),
         "problem": pa.string(),
+        "bytes": pa.int64(),
     }
 )
 logger = logging.get_logger(__name__)
@@ -265,7 +266,7 @@ def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dic
     with parquet.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
 
         def write_unit():
-            writer.write_table(pa.Table.from_pylist([vars(item) for item in unit], SCHEMA))
+            writer.write_table(pa.Table.from_pylist([{**vars(item), "bytes": size} for item, size in unit], SCHEMA))
 
         for item, size in inputs:
             key = _key(_plain(item))
@@ -277,7 +278,7 @@ def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dic
             if len(unit) == unit_size or unit_bytes >= unit_size * UNIT_BYTES:
                 write_unit()
                 unit, unit_bytes = [], 0
-            unit.append(item)
+            unit.append((item, size))
             unit_bytes += size
         write_unit()
     if count > len(seen):
@@ -297,4 +298,20 @@ class Plan:
         return self.file.metadata.row_group(unit).num_rows
 
     def unit(self, number: int) -> list[Input]:
-        return [Input(**row) for row in self.file.read_row_group(number).to_pylist()]
+        columns = [name for name in SCHEMA.names if name != "bytes"]
+        return [Input(**row) for row in self.file.read_row_group(number, columns=columns).to_pylist()]
+
+    def weights(self, unit: int) -> list[int]:
+        """How much of the work each input of a unit is, by its bytes; those of unknown size count as UNIT_BYTES."""
+        if "bytes" not in self.file.schema_arrow.names:  # The list of a table of version 0.6.0 tells no sizes.
+            return [UNIT_BYTES] * self.size(unit)
+        sizes = self.file.read_row_group(unit, columns=["bytes"])["bytes"].to_pylist()
+        return [size or UNIT_BYTES for size in sizes]
+
+    def sha256(self) -> str:
+        """The digest of the list, as of `write_plan`."""
+        digest = hashlib.sha256()
+        for number in range(self.num_units):
+            for item in self.unit(number):
+                digest.update(_key(item))
+        return digest.hexdigest()
