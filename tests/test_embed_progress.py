@@ -60,7 +60,7 @@ def check_order(seen: list[tuple[float, int]]):
 def test_a_long_recording_counts_by_what_is_embedded(workers, broken_at, watched, checkpoint, tmp_path):
     samples = noise(150)
     if broken_at is not None:
-        samples[broken_at * RATE] = np.nan
+        samples[broken_at * RATE + RATE // 2] = np.nan
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
     run_embed([str(tmp_path / "x.wav")], tmp_path / "out", checkpoint, segment=1.0, num_frames=16, workers=workers)
     check_order(watched)

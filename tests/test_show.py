@@ -126,7 +126,7 @@ def test_errors_of_rounding_are_no_components(dimensions):
     noisy = tokens + 1e-6 * torch.randn(200, 32)
     components, explained = principal_components(noisy, 3)
     assert components.any(dim=0).tolist() == [number < dimensions for number in range(3)]
-    assert explained.sum() == pytest.approx(dimensions > 0, abs=1e-6)
+    assert explained.sum().item() == pytest.approx(float(dimensions > 0), abs=1e-6)
     assert (component_colours(components)[:, :] == 0.5).all() == (dimensions == 0)
 
 

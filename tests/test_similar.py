@@ -108,7 +108,8 @@ def test_cosines_of_vectors_of_any_length(dtype, size, width, seed):
         rows = (size * rng.standard_normal((6, width))).astype(dtype)
     rows = rows[np.isfinite(rows).all(axis=1)]
     query = rng.standard_normal(width).astype(np.float32)
-    rows = np.concatenate([rows.astype(np.float64), [size * 3.0 * query, size * -3.0 * query, 0.0 * query]])
+    wide = query.astype(np.float64)
+    rows = np.concatenate([rows.astype(np.float64), [3 * size * wide, -3 * size * wide, 0 * wide]])
     found = cosines_of(torch.from_numpy(rows), torch.from_numpy(query).double()).numpy()
     assert (np.abs(found) <= 1).all()
     for row, cosine in zip(rows, found, strict=True):

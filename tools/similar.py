@@ -70,10 +70,10 @@ def similar(
     metadata_file = begun.shown("metadata.json")
     try:
         metadata = json.loads(begun.files.cat_file(begun.path("metadata.json")))
-        digest = metadata["weights_sha256"]
         named, commit = (
             None if value is None else str(value) for value in (metadata["checkpoint"], metadata["commit"])
         )
+        digest = metadata["weights_sha256"]
         if checkpoint is not None:
             named, commit = str(checkpoint), None
         pool, num_frames = (metadata["settings"][name] for name in ("pool", "num_frames"))
