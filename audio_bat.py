@@ -111,6 +111,7 @@ class Sound:
         name: of the file, for messages.
         rate, channels: of the file, in Hz and as a number.
         seconds: its length by its header; None where only decoding tells it, as in all that FFmpeg decodes.
+        estimated_seconds: the same, or what the header or the bit rate tell about it; None where nothing does.
         present_seconds: how much of that can be there, by the size of the file; less in a truncated one.
         problem: why more than 0.1 s of it are not there; else None. FFmpeg's formats tell it after they are decoded.
 
@@ -132,6 +133,7 @@ class Sound:
         self.rate, self.channels, self.problem = self._decoder.rate, self._decoder.channels, self._decoder.problem
         frames, present = self._decoder.frames, self._decoder.present
         self.seconds = None if frames is None else frames / self.rate
+        self.estimated_seconds = self._decoder.estimated_seconds if frames is None else self.seconds
         self.present_seconds = None if frames is None else present / self.rate
 
     def __enter__(self) -> "Sound":
@@ -568,6 +570,11 @@ class _FFmpegDecoder:
 
     def close(self):
         self.container.close()
+
+    @property
+    def estimated_seconds(self) -> float | None:
+        of_all = self.container.duration  # in microseconds
+        return self.told_seconds or (of_all / 1e6 if of_all and of_all > 0 else None)
 
     def _told_seconds(self, file: BinaryIO) -> float | None:
         """The length that the container tells of the track, None where it tells none, or only an estimate."""

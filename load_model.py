@@ -89,7 +89,7 @@ def load_pretrained_encoder(
     if untrained and (checkpoint is not None or revision is not None):
         raise ValueError("untrained=True takes no checkpoint and no revision: there are no weights to load.")
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if compile:
         check_compiler(device)
     quantization_config = None if quantization is None else _quantization_config(quantization, device)
@@ -150,11 +150,12 @@ def load_audio_processor(device: str | torch.device | None = None, num_frames: i
         ValueError: the device is not there, or `num_frames` is no multiple of 16.
     """
     if device is not None:
-        _check_device(device)
+        check_device(device)
     return AutoFeatureExtractor.from_pretrained(HERE, num_frames=num_frames, **AUTO_OPTIONS).processor.to(device)
 
 
-def _check_device(device: str | torch.device):
+def check_device(device: str | torch.device):
+    """Raise a ValueError where no tensor can be on a device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # A torch without CUDA raises AssertionError.

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from bat_audio import BatConfig, BatModel
-from bat_audio_tools.embed import begin, embed
+from bat_audio_tools.embed import begun, embed
 from bat_audio_tools.embedding.encoder import Encoder
 from bat_audio_tools.embedding.stages import Stages
 from bat_audio_tools.embedding.table import Table as EmbeddingTable
@@ -71,8 +71,8 @@ def throughput(settings: Settings, section: Section):
         batch_size=batch_size,
         shard_size=clips,
     )
-    begin(options, EmbeddingTable(options.out), [options.inputs], None)
-    stages = Stages(options, None)
+    with begun(options, EmbeddingTable(options.out), [options.inputs], None):
+        stages = Stages(options, None)
     workers = len(os.sched_getaffinity(0))
     with DecodingProcesses(workers) as executor:
         encoder = Encoder(options)

@@ -26,7 +26,12 @@ def read(out) -> pa.Table:
 
 
 def read_errors(out) -> list[dict]:
-    return parquet.read_table(Path(out) / "errors.parquet").to_pylist()
+    return parquet.read_table(run_folder(out) / "errors.parquet").to_pylist()
+
+
+def run_folder(out) -> Path:
+    """The folder beside a table that holds all but its rows."""
+    return Path(f"{out}.run")
 
 
 def assert_same_table(out, other):
@@ -85,7 +90,8 @@ def make_many(folder: Path, number: int, broken_every: int):
 
 
 def unfinished(out: Path) -> list[str]:
-    return [path.name for path in out.rglob("*") if path.name.startswith(".")]
+    files = [*out.rglob("*"), *run_folder(out).rglob("*")]
+    return [path.name for path in files if path.name.startswith(".")]
 
 
 def descendants(pid: int) -> list[int]:

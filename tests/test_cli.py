@@ -32,6 +32,10 @@ ANSWERED_AT_ONCE = [
     (["embed", "nowhere.wav", "-o", "out"], 2),
     (["embed", "sounds/nowhere.wav", "-o", "out"], 2),
     (["embed", MP3, "-o", "out", "--pool", "max"], 2),
+    *((["embed", MP3, "-o", "out", "--segment", value], 2) for value in ("inf", "nan", "-1")),
+    *((["embed", MP3, "-o", "out", "--hop", value], 2) for value in ("inf", "nan", "-1")),
+    (["embed", "-o", "out"], 2),
+    (["embed", MP3, "-o", "out", "--stored-inputs"], 2),
     (["embed", MP3, "-o", "out", "--checkpoint", "./nowhere"], 2),
     (["pretrain", "-o", "out"], 2),
     (["pretrain", "--data", "nowhere", "-o", "out"], 2),
@@ -208,7 +212,7 @@ finally:
         done = run_python(code, *arguments, cwd=tmp_path)
         first, *others = done.stderr.strip().splitlines()
         assert first.endswith("... with []")
-        assert [line for line in others if line and "/1 [" not in line] == [], done.stderr  # but the bar, of one file
+        assert [line for line in others if line and "%|" not in line] == [], done.stderr  # but the bar
         if result:
             assert json.loads(done.stdout.splitlines()[-1]).items() >= result.items()
         else:

@@ -81,9 +81,9 @@ def test_same_table_when_a_node_is_killed(many, local, checkpoint, tmp_path, two
 
     thread = threading.Thread(target=run)
     thread.start()
-    while thread.is_alive() and not (all(map(has_actor, nodes)) and len(list(out.glob("embeddings/*"))) >= 2):
+    while thread.is_alive() and not (all(map(has_actor, nodes)) and len(list(out.glob("embeddings/part-*"))) >= 2):
         time.sleep(0.02)
-    done = len(list(out.glob("embeddings/*")))
+    done = len(list(out.glob("embeddings/part-*")))
     cluster.remove_node(nodes[0], allow_graceful=False)
     thread.join(300)
     assert not thread.is_alive()

@@ -3,8 +3,10 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from conftest import THREADS, tiny_model
@@ -25,13 +26,18 @@ from embed_tables import (
     read,
     read_errors,
     run_embed,
+    run_folder,
     unfinished,
 )
 from programs import Program
+from pyarrow import parquet
 
 from bat_audio_tools import folders
 from bat_audio_tools.embedding import encoder
+from bat_audio_tools.embedding.table import Table
 from bat_audio_tools.settings import StartError
+from bat_audio_tools.sounds.listing import write_plan
+from bat_audio_tools.sounds.reading import Input
 
 SMALL = ("--shard-size", 4, "--num-frames", 16, "--segment", 0.5)
 
@@ -67,7 +73,7 @@ def hear_ctrl_c():
 
 def wait_for_shards(out: Path, number: int, pid: int, seconds: float = math.inf):
     deadline = time.monotonic() + seconds
-    while len(list(out.glob("embeddings/*"))) < number and is_running(pid) and time.monotonic() < deadline:
+    while len(list(out.glob("embeddings/part-*"))) < number and is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
@@ -85,7 +91,7 @@ def uninterrupted(many, checkpoint, tmp_path_factory):
     assert status == 1, errors
     summary = json.loads(printed)
     assert summary["files"] == 60
-    assert summary["failed"] == len(pd.read_parquet(out / "errors.parquet"))
+    assert summary["failed"] == len(read_errors(out))
     return out
 
 
@@ -101,12 +107,12 @@ def test_resuming_after_kill_9(many, checkpoint, uninterrupted, tmp_path):
         program.kill()
         # A shard that was there stays as it was.
         assert all((out / "embeddings" / name).stat().st_ino == inode for name, inode in shards.items())
-        shards = {path.name: path.stat().st_ino for path in out.glob("embeddings/*")}
+        shards = {path.name: path.stat().st_ino for path in out.glob("embeddings/part-*")}
         deadline = time.monotonic() + 20
         while any(map(is_running, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(map(is_running, processes))
-    assert not (out / "errors.parquet").exists()
+    assert not (run_folder(out) / "errors.parquet").exists()
     assert Program(*command(many, out, checkpoint, *SMALL)).end()[0] == 1
     assert_same_table(out, uninterrupted)
     assert all((out / "embeddings" / name).stat().st_ino == inode for name, inode in shards.items())
@@ -128,7 +134,7 @@ def test_resuming_after_20_kills_over_2000_files(checkpoint, tmp_path):
     rest = time.monotonic() - begun - loaded
     order, out = random.Random(0), tmp_path / "out"
     for _ in range(20):
-        done = len(list(out.glob("embeddings/*")))
+        done = len(list(out.glob("embeddings/part-*")))
         program = Program(*command(tmp_path / "many", out, checkpoint, *options))
         # From before the folder is there to behind the next shard. None lasts longer than two shards take, however
         # fast the machine has become since it was timed, so that the 80 shards suffice for 20 kills.
@@ -155,7 +161,7 @@ def test_resuming_after_ctrl_c(many, checkpoint, uninterrupted, tmp_path):
         wait_for_shards(out, 1, process.pid)
         os.kill(process.pid, signal.SIGSTOP)  # a fast machine would finish before the Ctrl-C
         processes = descendants(process.pid)
-        assert len(list(out.glob("embeddings/*"))) < 15
+        assert len(list(out.glob("embeddings/part-*"))) < 15
         os.killpg(process.pid, signal.SIGINT)  # to the whole group of processes, as a terminal sends it
         os.kill(process.pid, signal.SIGCONT)
         printed, errors = process.communicate()
@@ -169,6 +175,55 @@ def test_resuming_after_ctrl_c(many, checkpoint, uninterrupted, tmp_path):
     assert not any(map(is_running, processes))
     Program(*command(many, out, checkpoint, *SMALL)).end()
     assert_same_table(out, uninterrupted)
+
+
+STUCK = """
+import os, signal, time
+import fsspec
+from bat_audio_tools import main
+
+class Stuck(fsspec.AbstractFileSystem):
+    protocol = "stuck"
+
+    def info(self, path, **options):
+        return {"name": path, "size": 1, "type": "file"}
+
+    def open(self, path, *arguments, **options):
+        if "{end}" == "killed" and not os.path.exists("first"):
+            open("first", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        open("opened", "w").close()
+        while True:
+            time.sleep(3600)
+
+fsspec.register_implementation("stuck", Stuck)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="other processes do not know the file system")
+@pytest.mark.parametrize("end", ["stuck", "killed"])
+def test_ctrl_c_does_not_wait_for_a_stuck_decoder(end, checkpoint, tmp_path):
+    """Nor for the process in which a recording that killed its own is tried again."""
+    words = command("stuck://x.wav", "out", checkpoint)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
+    program = [sys.executable, "-c", STUCK.replace("{end}", end), *words]
+    process = subprocess.Popen(program, cwd=tmp_path, env=environment, preexec_fn=hear_ctrl_c, **pipes)
+    while not (tmp_path / "opened").exists() and is_running(process.pid):
+        time.sleep(0.01)
+    processes, begun = descendants(process.pid), time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - begun < 2
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted; the same command goes on from there"
+    assert not any(map(is_running, processes))
+    assert unfinished(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -263,15 +318,19 @@ def test_resuming_with_other_inputs_or_weights_is_refused(recordings, checkpoint
 def test_resuming_with_the_stored_inputs(recordings, checkpoint, tmp_path):
     shutil.copytree(recordings / "a", tmp_path / "a")
     with pytest.raises(ValueError, match=r"holds no shards .* leave out stored_inputs"):
-        run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
+        run_embed(None, tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
     run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)
     run_embed([str(tmp_path / "a")], tmp_path / "whole", checkpoint, shard_size=1)
     (tmp_path / "out" / "embeddings" / "part-00001.parquet").unlink()
     shutil.copy(recordings / "two.wav", tmp_path / "a")
     with pytest.raises(ValueError, match=r"inputs\.files was 4 and is 5, .* \(--stored-inputs\) it goes on"):
         run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1)
-    run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
+    with pytest.raises(ValueError, match="name no others"):
+        run_embed([str(tmp_path / "a")], tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
+    run_embed(None, tmp_path / "out", checkpoint, shard_size=1, stored_inputs=True)
     assert_same_table(tmp_path / "out", tmp_path / "whole")
+    with pytest.raises(ValueError, match="Name the inputs"):
+        run_embed(None, tmp_path / "out", checkpoint)
 
 
 def test_resuming_from_another_folder_is_refused(recordings, checkpoint, tmp_path, monkeypatch):
@@ -303,6 +362,8 @@ def test_resuming_with_another_dataset_is_refused(recordings, checkpoint, tmp_pa
 
     run_embed(dataset("second_0.wav", "second_1.wav"), tmp_path / "out", checkpoint)
     run_embed(dataset("second_0.wav", "second_1.wav"), tmp_path / "out", checkpoint)
+    with pytest.raises(ValueError, match="begun with a dataset, which has to be named"):
+        run_embed(None, tmp_path / "out", checkpoint, stored_inputs=True)
     with pytest.raises(ValueError, match=r"inputs\.fingerprint was '\w+' and is"):
         run_embed(dataset("second_2.wav", "second_3.wav"), tmp_path / "out", checkpoint)
 
@@ -322,16 +383,15 @@ def test_resuming_of_a_table_without_shards_begins_anew(recordings, checkpoint, 
 
 def test_resuming_beside_another_run_is_refused(recordings, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "LOCK_WAIT", 0.2)
-    with folders.lock(tmp_path / "out"), pytest.raises(StartError, match="in use by another run"):
+    with folders.lock(run_folder(tmp_path / "out")), pytest.raises(StartError, match="in use by another run"):
         run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
     run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
 
 
 def test_resuming_of_shards_without_metadata_is_refused(recordings, checkpoint, tmp_path):
     run_embed([str(recordings / "a")], tmp_path / "out", checkpoint)
-    for name in ("metadata.json", "errors.parquet"):
-        (tmp_path / "out" / name).unlink()
-    with pytest.raises(ValueError, match=r"such as embeddings/part-00000\.parquet, but no table"):
+    shutil.rmtree(run_folder(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"such as embeddings/part-00000\.parquet, .* no .*\.run/metadata\.json"):
         run_embed([str(recordings / "a")], tmp_path / "out", checkpoint, pool="mean")
 
 
@@ -350,5 +410,111 @@ def test_resuming_after_a_full_disk_before_or_behind_the_shards(name, recordings
 
 def test_resuming_into_a_folder_with_other_files_is_refused(recordings, checkpoint, tmp_path):
     (tmp_path / "letter.txt").write_text("no table")
-    with pytest.raises(ValueError, match=r"holds other files, such as letter\.txt, but no table"):
+    with pytest.raises(ValueError, match=r"holds other files, such as letter\.txt, but there is no table"):
         run_embed([str(recordings)], tmp_path, checkpoint)
+
+
+def test_resuming_of_a_table_with_all_its_files_in_one_folder(recordings, checkpoint, tmp_path):
+    """As version 0.6.0 has begun it: its list of inputs tells no sizes."""
+    inputs, out = [str(recordings)], tmp_path / "out"
+    run_embed(inputs, tmp_path / "whole", checkpoint, shard_size=3)
+    run_embed(inputs, out, checkpoint, shard_size=3)
+    for file in run_folder(out).iterdir():
+        file.rename(out / file.name)
+    run_folder(out).rmdir()
+    plan = parquet.ParquetFile(out / "inputs.parquet")
+    units = [plan.read_row_group(unit).drop(["bytes"]) for unit in range(plan.num_row_groups)]
+    with parquet.ParquetWriter(out / "inputs.parquet", units[0].schema) as writer:
+        for unit in units:
+            writer.write_table(unit)
+    for number in (1, 3):
+        (out / "embeddings" / f"part-0000{number}.parquet").unlink()
+    (out / "errors.parquet").unlink()
+    names = {path.name for path in out.iterdir()}
+    assert run_embed(inputs, out, checkpoint, shard_size=3)["errors"] == str(out / "errors.parquet")
+    assert {path.name for path in out.iterdir()} == names | {"errors.parquet"}
+    assert not run_folder(out).exists()
+    assert read(out).equals(read(tmp_path / "whole"))
+
+
+def cut(file: Path):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path):
+    os.truncate(file, 0)
+
+
+def list_of_nothing(file: Path):
+    file.write_text("[]")
+
+
+def half_json(file: Path):
+    file.write_text('{"settings": {}, "inputs": 5}')
+
+
+def one_too_many(file: Path):
+    shutil.copy(file, file.with_name("part-00009.parquet"))
+
+
+def plan_of_others(file: Path):
+    with file.open("wb") as plan:
+        write_plan(((Input(str(number), str(number)), 0) for number in range(12)), plan, 3)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        *((name, damage, "Put a copy") for name in ("metadata.json", "inputs.parquet") for damage in (cut, empty)),
+        ("metadata.json", list_of_nothing, "Put a copy"),
+        ("metadata.json", half_json, "Put a copy"),
+        ("inputs.parquet", list_of_nothing, "Put a copy"),
+        ("inputs.parquet", Path.unlink, "Put a copy"),
+        ("inputs.parquet", plan_of_others, "not the list with the digest"),
+        *(("part-00001.parquet", damage, "Remove it") for damage in (cut, empty, list_of_nothing)),
+        ("part-00001.parquet", one_too_many, "is a shard too many"),
+    ],
+)
+def test_resuming_of_a_damaged_table(is_old, name, damage, message, finished, checkpoint, recordings, tmp_path):
+    """The message names the file, and what to do; nothing is mended in silence."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.copytree(run_folder(finished), out if is_old else run_folder(out), dirs_exist_ok=True)
+    file = next(path for path in tmp_path.rglob(name))
+    damage(file)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    named = file.with_name("part-00009.parquet") if damage is one_too_many else file
+    with pytest.raises(ValueError, match=rf"{re.escape(str(named))} .*{message}"):
+        run_embed([str(recordings)], out, checkpoint, shard_size=3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+    if "Remove it" in message:
+        file.unlink()
+        run_embed([str(recordings)], out, checkpoint, shard_size=3)
+        assert read(out).equals(read(finished))
+
+
+@pytest.fixture(scope="module")
+def finished(recordings, checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_embed([str(recordings)], out, checkpoint, shard_size=3)
+    return out
+
+
+def test_unfinished_files_of_killed_processes_are_removed(recordings, checkpoint, tmp_path, monkeypatch):
+    """Those of an earlier run, and those that an actor leaves while the run goes on."""
+    run_embed([str(recordings)], tmp_path / "out", checkpoint, shard_size=3)
+    (tmp_path / "out" / "embeddings" / "part-00001.parquet").unlink()
+    left = [folder / ".partial-0123" for folder in (tmp_path / "out" / "embeddings", run_folder(tmp_path / "out"))]
+    for file in left:
+        file.write_text("half")
+    finish = Table.finish
+
+    def leave_more(*arguments):
+        assert unfinished(tmp_path / "out") == []
+        left[0].write_text("half")
+        return finish(*arguments)
+
+    monkeypatch.setattr(Table, "finish", leave_more)
+    run_embed([str(recordings)], tmp_path / "out", checkpoint, shard_size=3)
+    assert unfinished(tmp_path / "out") == []

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from embed_tables import RATE, assert_same_table, read, run_embed, vectors
+from embed_tables import RATE, assert_same_table, read, run_embed, run_folder, vectors
 from pyarrow import parquet
 
 from bat_audio import BatAudioProcessor, load_audio, load_pretrained_encoder
@@ -207,8 +207,32 @@ def test_datasets(table, tmp_path):
         assert torch.equal(torch.tensor(dataset["embedding"][:]), vectors(rows, "embedding"))
 
 
+READERS = {
+    "pandas": lambda folder, cache: pd.read_parquet(folder),
+    "pyarrow": lambda folder, cache: parquet.read_table(folder).to_pandas(),
+    "polars": lambda folder, cache: pytest.importorskip("polars").read_parquet(folder).to_pandas(),
+    "polars, lazy": lambda folder, cache: pytest.importorskip("polars").scan_parquet(folder).collect().to_pandas(),
+    "datasets": lambda folder, cache: (
+        pytest.importorskip("datasets")
+        .load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=cache)
+        .to_pandas()
+    ),
+    "datasets, by the folder": lambda folder, cache: (
+        pytest.importorskip("datasets").load_dataset(str(folder), split="train", cache_dir=cache).to_pandas()
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_folder_of_a_table_reads_as_its_rows(reader, table, tmp_path):
+    """There is nothing in it that a reader would take for more rows."""
+    found, rows = READERS[reader](table, str(tmp_path)), read(table)
+    assert found["path"].tolist() == rows["path"].to_pylist()
+    assert np.array_equal(np.stack(found["embedding"]), vectors(rows, "embedding").numpy())
+
+
 def test_metadata_traces_the_table(table, checkpoint):
-    metadata = json.loads((table / "metadata.json").read_text())
+    metadata = json.loads((run_folder(table) / "metadata.json").read_text())
     assert metadata["checkpoint"] == f"{checkpoint}/model.safetensors"
     assert metadata["commit"] is None
     assert metadata["settings"]["segment"] == metadata["settings"]["hop"] == 10.24

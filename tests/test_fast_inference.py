@@ -145,7 +145,7 @@ def test_int8_where_it_is_of_no_use_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(utils, "should_reduce_range", lambda device: True)
     with pytest.raises(ValueError, match=r"of no use here: torch finds no AVX512-VNNI, .*\. Leave quantization out\.$"):
         load_pretrained_encoder(checkpoint=folder, quantization="int8")
-    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_compiling_without_a_compiler_is_an_error(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings a compiler")
 @pytest.mark.parametrize("variable", [None, "no-such-compiler"])
 def test_compiling_for_a_gpu_without_a_c_compiler_is_an_error(folder, monkeypatch, tmp_path, variable):
-    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "check_device", lambda device: None)
     monkeypatch.setattr(load_model, "has_triton", lambda: True)
     if variable is None:
         monkeypatch.delenv("CC", raising=False)
@@ -186,7 +186,7 @@ def test_compiling_for_a_gpu_without_a_c_compiler_is_an_error(folder, monkeypatc
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python brings its header")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_compiling_without_python_s_header_is_an_error(folder, monkeypatch, tmp_path, device):
-    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "check_device", lambda device: None)
     monkeypatch.setattr(load_model, "has_triton", lambda: True)
     load_model.check_compiler(device)
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
@@ -195,7 +195,7 @@ def test_compiling_without_python_s_header_is_an_error(folder, monkeypatch, tmp_
 
 
 def test_compiling_for_a_gpu_without_triton_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(load_model, "_check_device", lambda device: None)
+    monkeypatch.setattr(load_model, "check_device", lambda device: None)
     monkeypatch.setattr(load_model, "has_triton", lambda: False)
     with pytest.raises(OSError, match="compile=True needs Triton"):
         load_pretrained_encoder(device="cuda", checkpoint=folder, compile=True)

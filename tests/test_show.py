@@ -108,6 +108,34 @@ def test_colours_tell_the_components_apart():
     assert np.array_equal(component_colours(torch.zeros(2, 4, 3)), np.full((2, 4, 3), 0.5))  # nothing to tell apart
 
 
+@pytest.mark.parametrize("samples", [600, 10 * PATCH])
+def test_silence_has_no_components(samples):
+    """Without any sound the tokens differ by their places alone, which is nothing to look at."""
+    view = look(tiny_model(), torch.zeros(samples), 2)
+    assert not view.components.any()
+    assert not view.explained.any()
+    figure = draw(view, CONFIG, name="silence", block=2)
+    (colours,) = (axis.images[0].get_array() for name, axis in panels_of(figure).items() if name == "Patch")
+    assert (colours == 0.5).all()
+
+
+@pytest.mark.parametrize("dimensions", [0, 1, 2])
+def test_errors_of_rounding_are_no_components(dimensions):
+    torch.manual_seed(0)
+    tokens = 5 + torch.randn(200, dimensions) @ torch.randn(dimensions, 32)
+    noisy = tokens + 1e-6 * torch.randn(200, 32)
+    components, explained = principal_components(noisy, 3)
+    assert components.any(dim=0).tolist() == [number < dimensions for number in range(3)]
+    assert explained.sum().item() == pytest.approx(float(dimensions > 0), abs=1e-6)
+    assert (component_colours(components)[:, :] == 0.5).all() == (dimensions == 0)
+
+
+def test_a_missing_file_is_told_before_weights_are_loaded(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("bat_audio_tools.show.load_pretrained_encoder", None)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.wav: no such file"):
+        show(tmp_path / "nothing.wav", tmp_path / "picture.png", checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize("samples", [1, 4000, 4001, 12345])
 def test_outline_holds_the_extremes_of_every_stretch(samples):
     waveform = noise(samples)

@@ -1,7 +1,9 @@
 """Search by cosine: the rows of a dense search, however the table is cut into shards, in the memory of a batch."""
 
 import json
+import math
 import os
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import run_program
 from pyarrow import parquet
-from torch import nn
 from typer.testing import CliRunner
 
 import bat_audio_tools.similar as similar_module
@@ -22,7 +23,7 @@ from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
 from bat_audio_tools.cli import app
 from bat_audio_tools.folders import file_digest
 from bat_audio_tools.settings import POOLS
-from bat_audio_tools.similar import nearest_rows, similar
+from bat_audio_tools.similar import cosines_of, nearest_rows, similar
 from bat_audio_tools.sounds.listing import write_plan
 from bat_audio_tools.sounds.reading import Input
 
@@ -56,7 +57,7 @@ def write_table(folder, vectors: np.ndarray, shards=None, row_group: int = 100, 
 
 
 def dense(query: torch.Tensor, vectors: np.ndarray, k: int) -> list[dict]:
-    cosines = nn.functional.cosine_similarity(torch.from_numpy(vectors).double(), query.double(), dim=1).tolist()
+    cosines = cosines_of(torch.from_numpy(vectors).double(), query.double()).tolist()
     order = sorted(range(len(vectors)), key=lambda row: (-cosines[row], row))[:k]
     return [
         {
@@ -93,6 +94,34 @@ def test_equals_a_dense_search(tmp_path_factory, shards, k, row_group, batch_row
         assert nearest_rows(query, table, k) == dense(query, vectors, k)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([np.float32, np.float16]),
+    size=st.sampled_from([1e-44, 1e-30, 1e-7, 1.0, 1e4, 1e30]),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_cosines_of_vectors_of_any_length(dtype, size, width, seed):
+    """In -1..1, and those of exact arithmetic; vectors that are parallel have 1 or -1, but those of zeros have 0."""
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", under="ignore"):
+        rows = (size * rng.standard_normal((6, width))).astype(dtype)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    query = rng.standard_normal(width).astype(np.float32)
+    wide = query.astype(np.float64)
+    rows = np.concatenate([rows.astype(np.float64), [3 * size * wide, -3 * size * wide, 0 * wide]])
+    found = cosines_of(torch.from_numpy(rows), torch.from_numpy(query).double()).numpy()
+    assert (np.abs(found) <= 1).all()
+    for row, cosine in zip(rows, found, strict=True):
+        exact = [[Fraction(value) for value in vector.tolist()] for vector in (row, query)]
+        product, *squares = (
+            sum(x * y for x, y in zip(*pair, strict=True)) for pair in (exact, exact[:1] * 2, exact[1:] * 2)
+        )
+        square = product**2 / (squares[0] * squares[1]) if squares[0] else Fraction(0)
+        assert cosine == pytest.approx(math.copysign(math.sqrt(square), product), abs=1e-7)
+    assert found[-3:].tolist() == pytest.approx([1, -1, 0])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_equal_rows_keep_their_order_at_full_width(tmp_path, dtype):
     """A row's cosine does not depend on where it stands: the same vectors over and over, in uneven shards."""
@@ -108,13 +137,12 @@ def test_equal_rows_keep_their_order_at_full_width(tmp_path, dtype):
 def test_memory_is_that_of_a_batch(tmp_path, monkeypatch):
     """Of ten times as many rows no more are held at once."""
     held = []
-    compare = nn.functional.cosine_similarity
 
-    def watch(vectors, query, dim):
+    def watch(vectors, query):
         held.append((len(vectors), pa.total_allocated_bytes() - before))
-        return compare(vectors, query, dim=dim)
+        return cosines_of(vectors, query)
 
-    monkeypatch.setattr(nn.functional, "cosine_similarity", watch)
+    monkeypatch.setattr(similar_module, "cosines_of", watch)
     monkeypatch.setattr(similar_module, "BATCH_ROWS", 100)
     peaks = []
     for shards in (2, 20):
@@ -211,6 +239,42 @@ def test_an_unfinished_table_gives_a_warning(sounds_table, caplog):
         write_plan(((Input(str(number), str(number)), 0) for number in range(6)), file, 3)
     assert similar(SOUNDS[0], sounds_table, 1) == found
     assert not caplog.records
+
+
+@pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
+def test_a_table_with_its_notes_beside_it(sounds_table):
+    """As bat-audio embed writes it since version 0.7.0."""
+    expected, notes = similar(SOUNDS[0], sounds_table), sounds_table.with_name("table.run")
+    notes.mkdir()
+    (sounds_table / "metadata.json").rename(notes / "metadata.json")
+    assert similar(SOUNDS[0], sounds_table) == expected
+    (notes / "metadata.json").unlink()
+    with pytest.raises(ValueError, match=r"table\.run/metadata\.json does not tell"):
+        similar(SOUNDS[0], sounds_table)
+
+
+@pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_a_damaged_list_of_inputs(is_beside, sounds_table):
+    notes = sounds_table.with_name("table.run") if is_beside else sounds_table
+    notes.mkdir(exist_ok=True)
+    (sounds_table / "metadata.json").rename(notes / "metadata.json")
+    with (notes / "inputs.parquet").open("wb") as file:
+        write_plan(((Input(str(number), str(number)), 0) for number in range(2)), file, 2)
+    with pytest.raises(ValueError, match=r"part-00001\.parquet is a shard too many: .*inputs\.parquet lists"):
+        similar(SOUNDS[0], sounds_table)
+    for size in (300, 0):
+        os.truncate(notes / "inputs.parquet", size)
+        with pytest.raises(ValueError, match=rf"{notes}/inputs\.parquet cannot be read as a file of a table"):
+            similar(SOUNDS[0], sounds_table)
+
+
+@pytest.mark.parametrize("sounds_table", ["cls"], indirect=True)
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_wrong_usage(device, sounds_table):
+    result = CliRunner().invoke(app, ["similar", SOUNDS[0], str(sounds_table), "--device", device])
+    assert result.exit_code == 2
+    assert f"error: device='{device}' is not there" in result.output
 
 
 @pytest.mark.slow
@@ -314,6 +378,9 @@ def test_wrong_queries(tmp_path, query, k, message):
         (None, "metadata.json does not tell checkpoint, commit, digest and settings"),
         ([], "metadata.json does not tell"),
         ({"checkpoint": "/nowhere"}, r"metadata.json does not tell .*'commit'"),
+        ({**GOOD, "settings": []}, "metadata.json does not tell"),
+        ({**GOOD, "settings": {"pool": "cls", "num_frames": "many"}}, "metadata.json does not tell"),
+        ({**GOOD, "settings": {"pool": "cls", "num_frames": 1024, "segment": "long"}}, "metadata.json does not tell"),
         (
             {**GOOD, "settings": {"pool": "max", "num_frames": 1024}},
             "pool='max' is not known; expected cls, mean, cls.mean",

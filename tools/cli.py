@@ -4,8 +4,10 @@ Help, completion and errors of usage come at once: torch, Transformers and what 
 `begin_work`, when a command has checked all that it can without them.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import inspect
 import json
@@ -323,7 +325,12 @@ def embed(**options):
 
     with checking():
         settings = EmbedSettings(**options)
-        for source in settings.inputs:
+        if settings.stored_inputs == bool(settings.inputs):
+            raise ValueError(
+                "Name the inputs: files, folders, globs, lists of files, or a dataset; or, with --stored-inputs, none, "
+                "because they are those that the table was begun with."
+            )
+        for source in settings.inputs or ():
             check_source(source)
         check_checkpoint(settings.checkpoint)
         if os.path.isfile(settings.out):
@@ -335,12 +342,14 @@ def embed(**options):
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in summary.items()}
     print_result(table=settings.out, **rounded)
     if summary["failed"]:
-        errors = f"{settings.out.rstrip('/')}/errors.parquet"
-        typer.echo(f"broken recordings: {summary['failed']}, listed in {errors}", err=True)
+        typer.echo(f"broken recordings: {summary['failed']}, listed in {summary['errors']}; the first:", err=True)
+        for error in summary["first_errors"]:
+            typer.echo(f"  {error}", err=True)
         raise typer.Exit(1)
 
 
-embed.__signature__ = inspect.Signature(options_of(EmbedSettings, inputs=list[str]))
+inputs, *others = options_of(EmbedSettings, inputs=list[str] | None)
+embed.__signature__ = inspect.Signature([inputs.replace(default=None), *others])
 command(embed, usage_errors=(*WRONG_INPUTS, StartError), goes_on_from="there")
 
 
@@ -440,6 +449,8 @@ def run():
     # Transformers imports torchao wherever it is installed, for a second and with two warnings that nobody can mend. No
     # command uses it, so it counts as not installed in this process.
     sys.modules.setdefault("torchao", None)
+    # At its end Python looks through all objects for circles, which takes seconds with torch and Transformers.
+    atexit.register(gc.freeze)
     app(prog_name="bat-audio")
 
 

@@ -40,6 +40,7 @@ PRESETS = {
 POOLS = ("cls", "mean", "cls+mean")
 ENGINES = ("local", "ray")
 SEGMENT = 10.24  # The published encoder takes so many seconds at once.
+LONGEST = 1_000_000  # A window of embed has at most so many seconds.
 EXPORT_FORMATS = ("onnx", "pt2")
 HEADS = ("linear", "linear_cgp", "cgp", "protobin")  # As in `BatConfig`, whose import would take seconds.
 HEAD_POOLINGS = ("cls", "mean")
@@ -309,7 +310,7 @@ class RowSettings:
 class EmbedSettings(RowSettings):
     """Everything that decides a run of `embed`. The command line has these options.
 
-    `out` may also be a Path.
+    `out` may also be a Path. `inputs` are None with `stored_inputs`, and only then.
 
     Raises:
         ValueError: options that exclude each other or are out of range.
@@ -324,7 +325,7 @@ class EmbedSettings(RowSettings):
     )
     out: str = field(metadata={"is_free": True, "help": "Folder to write, or its address (s3://, gs://, hf://)."})
     stored_inputs: bool = _free(
-        False, "Go on with the list of inputs that the table was begun with, whatever has come or gone since."
+        False, "Name no inputs, but go on with those that the table was begun with, whatever has come or gone since."
     )
     split: str | None = _free(None, "Split of a dataset that has several.")
     channel: str = _option("mean", CHANNEL)
@@ -356,9 +357,14 @@ class EmbedSettings(RowSettings):
         for name in ("ray_address", "cpus_per_actor", "gpus_per_actor"):
             if getattr(self, name) is not None and self.engine != "ray":
                 raise ValueError(f"{name}={getattr(self, name)!r} belongs to engine='ray'.")
-        for name in ("segment", "hop", "shard_size", "cpus_per_actor"):
+        for name in ("segment", "hop"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= LONGEST:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 s and at most {LONGEST} s.")
+        for name in ("shard_size", "cpus_per_actor"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.gpus_per_actor is not None and not 0 <= self.gpus_per_actor < math.inf:
+            raise ValueError(f"gpus_per_actor={self.gpus_per_actor} must be at least 0 and finite.")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers={self.workers} must be at least 0, which decodes between the forward passes.")
 

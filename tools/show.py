@@ -21,6 +21,7 @@ from bat_audio.modeling_bat import BatModel
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio_tools.folders import check_picture, whole
 from bat_audio_tools.machine import pick_device, require
+from bat_audio_tools.names import check_file
 
 DPI = 120  # This counts for PDF and SVG too, which hold some parts as pixels.
 # A waveform is drawn with at most so many places, which is more than there are pixels in a row.
@@ -29,6 +30,7 @@ FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000, 16000)  # Hz
 # These are what the components 1, 2 and 3 add to grey (R, G, B): brightness, blue to yellow, and green to red. So the
 # first two can be told apart by people who cannot tell red from green.
 COMPONENT_COLOURS = np.array([[0.30, 0.30, 0.30], [0.18, 0.18, -0.36], [0.24, -0.24, 0.0]])
+ROUNDING = 1e-5  # Differences of tokens that are smaller than this share of them are errors of rounding.
 FULL_COLOUR = 0.98  # This share of the patches has colours that are not cut off.
 
 
@@ -74,7 +76,10 @@ def look(model: BatModel, waveform: torch.Tensor, block: int) -> View:
         weights = output.attentions[block - 1][0, :, 0]  # (H, S)
         attention.append(weights.shape[1] * weights[:, 1:].float().cpu())
     grid = (-1, config.grid_size[1])
-    components, explained = principal_components(torch.cat(tokens), 3)
+    tokens = torch.cat(tokens)
+    if features.min() == features.max():
+        tokens.zero_()  # In silence the tokens tell nothing but their places.
+    components, explained = principal_components(tokens, 3)
     attention = torch.cat(attention, dim=1)
     return View(waveform, features[0, 0], components.unflatten(0, grid), explained, attention.unflatten(1, grid))
 
@@ -82,14 +87,17 @@ def look(model: BatModel, waveform: torch.Tensor, block: int) -> View:
 def principal_components(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates (N, count) of tokens (N, D) along their main axes, and the part of the variance that each axis holds.
 
-    Every axis points to where its entry of the largest magnitude is positive, so that equal tokens give equal signs.
+    Every axis points to where its entry of the largest magnitude is positive, so that equal tokens give equal signs. An
+    axis along which the tokens differ by no more than rounding errors has zeros.
     """
     centred = (tokens - tokens.mean(dim=0)).double()
     # The variances come in rising order. They are exact, unlike those of torch.pca_lowrank.
     variances, axes = torch.linalg.eigh(centred.T @ centred)
     variances, axes = variances.flip(0), axes.flip(1)[:, :count]
+    variances = variances.where(variances > ROUNDING**2 * tokens.double().square().sum(), 0)
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    return (centred @ axes).float(), (variances / variances.sum())[:count].float()
+    components = (centred @ axes).where(variances[:count] > 0, 0)
+    return components.float(), (variances / variances.sum()).nan_to_num(0)[:count].float()
 
 
 def outline(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +226,7 @@ def show(
     """
     out = Path(out)
     check_picture(out)
+    check_file(source)
     require("matplotlib.figure")  # If it is missing, the error comes before the work.
     model = load_pretrained_encoder(pick_device(device), checkpoint=checkpoint, untrained=untrained)
     config = model.config

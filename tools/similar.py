@@ -1,7 +1,8 @@
 """Search in a table of embeddings: the rows that sound most like a recording, by cosine, exactly.
 
-The table is a folder that `bat-audio embed` writes: metadata.json and, in it or below, part-*.parquet with the columns
-`id`, `path`, `start_s`, `end_s` and `embedding`, a list of fixed size.
+The table is a folder that `bat-audio embed` writes: in it or below it part-*.parquet with the columns `id`, `path`,
+`start_s`, `end_s` and `embedding`, a list of fixed size; and metadata.json in the folder beside it, see
+`embedding.table`.
 
 Shapes: D width of the embeddings.
 """
@@ -16,11 +17,11 @@ import torch
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from pyarrow import parquet
-from torch import nn
 from transformers.utils import logging
 
 from bat_audio.audio_bat import load_audio
-from bat_audio_tools.embedding.encoder import Encoder, encoder_config
+from bat_audio_tools.embedding.encoder import Encoder, compute_on, encoder_config
+from bat_audio_tools.embedding.table import Table
 from bat_audio_tools.embedding.windows import Window
 from bat_audio_tools.folders import file_digest
 from bat_audio_tools.names import check_file
@@ -67,26 +68,29 @@ def similar(
         ImportError: soundfile or soxr is missing.
     """
     check_file(query)
-    files, folder = url_to_fs(str(table))
-    _check_finished(files, folder, len(_find_shards(files, folder)))  # Problems show before the work begins.
-    metadata_file = f"{folder}/metadata.json"
+    begun = Table(str(table))
+    _check_finished(begun, _find_shards(begun.files, begun.folder))  # Problems show before the work begins.
+    metadata_file = begun.shown("metadata.json")
     try:
-        metadata = json.loads(files.cat_file(metadata_file))
-        named, commit, digest = metadata["checkpoint"], metadata["commit"], metadata["weights_sha256"]
+        metadata = json.loads(begun.files.cat_file(begun.path("metadata.json")))
+        named, commit = (
+            None if value is None else str(value) for value in (metadata["checkpoint"], metadata["commit"])
+        )
+        digest = metadata["weights_sha256"]
+        if checkpoint is not None:
+            named, commit = str(checkpoint), None
         pool, num_frames = (metadata["settings"][name] for name in ("pool", "num_frames"))
-        segment = metadata["settings"].get("segment") or math.inf  # A table of whole recordings has no segment.
+        settings = RowSettings(
+            checkpoint=named, revision=commit, pool=pool, num_frames=num_frames, device=device, bf16=False
+        )
+        # A table of whole recordings has no segment.
+        segment = float(metadata["settings"].get("segment") or math.inf)
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{metadata_file} does not tell checkpoint, commit, digest and settings ({type(error).__name__}: {error}), "
             "so the recording cannot be embedded alike. Name a folder of bat-audio embed."
         ) from error
-    if checkpoint is None:
-        checkpoint, revision = named, commit
-    else:
-        checkpoint, revision = str(checkpoint), None
-    settings = RowSettings(
-        checkpoint=checkpoint, revision=revision, pool=pool, num_frames=num_frames, device=device, bf16=False
-    )
+    compute_on(settings)  # This raises a ValueError for a device that is not there.
     weights, config = encoder_config(settings)
     if file_digest(weights) != digest:
         raise ValueError(
@@ -133,7 +137,7 @@ def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[di
                 _check_columns(shard, file.schema_arrow, len(query))
                 for batch in file.iter_batches(BATCH_ROWS, columns=[*PLACE, "embedding"]):
                     vectors = _vectors(shard, batch)
-                    cosines = torch.cat([cosines, nn.functional.cosine_similarity(vectors, query, dim=1)])
+                    cosines = torch.cat([cosines, cosines_of(vectors, query)])
                     order = cosines.argsort(descending=True, stable=True)[:k]
                     cosines = cosines[order]
                     best = [pa.concat_tables([*best, pa.Table.from_batches([batch.select(PLACE)])]).take(order.numpy())]
@@ -146,6 +150,16 @@ def nearest_rows(query: torch.Tensor, table: str | Path, k: int = 10) -> list[di
     ]
 
 
+def cosines_of(vectors: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The cosines (N,) of float64 vectors (N, D) with one (D,), in -1..1 however short they are; 0 for those of zeros.
+
+    Each depends on its own vector alone, unlike in a product of matrices, so that equal vectors have equal cosines.
+    """
+    lengths = torch.linalg.vector_norm(vectors, dim=1) * torch.linalg.vector_norm(query)
+    cosines = (vectors * query).sum(dim=1) / lengths
+    return cosines.where(lengths > 0, 0).clamp(-1, 1)
+
+
 def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
     shards = sorted(file for file in files.find(folder) if PurePosixPath(file).match("part-*.parquet"))
     if not shards:
@@ -153,17 +167,21 @@ def _find_shards(files: AbstractFileSystem, folder: str) -> list[str]:
     return shards
 
 
-def _check_finished(files: AbstractFileSystem, folder: str, shards: int):
-    """Warn of a table that lacks shards of its plan."""
-    plan = f"{folder}/inputs.parquet"
-    if not files.exists(plan):  # The folder has only shards.
+def _check_finished(table: Table, shards: list[str]):
+    """Warn of a table that lacks shards of its plan, and raise a ValueError for one that has more."""
+    if not table.exists("inputs.parquet"):  # The folder has only shards.
         return
-    with files.open(plan, "rb") as content:
+    with table.reading("inputs.parquet"), table.open("inputs.parquet") as content:
         units = Plan(content).num_units
-    if shards < units:
+    if len(shards) > units:
+        raise ValueError(
+            f"{shards[-1]} is a shard too many: {table.shown('inputs.parquet')} lists recordings for {units} shards. "
+            "Remove what came from elsewhere."
+        )
+    if len(shards) < units:
         logger.warning(
-            f"{folder}: {shards} of {units} shards are there, and only these are searched. Repeat the command of "
-            "bat-audio embed to finish the table."
+            f"{table.folder}: {len(shards)} of {units} shards are there, and only these are searched. Repeat the "
+            "command of bat-audio embed to finish the table."
         )
 
 

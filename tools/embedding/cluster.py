@@ -59,9 +59,9 @@ class UnitEmbedder:
             self.problem = f"On the node {socket.gethostname()}: {error}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        """What was done of the unit in the batch: files, clips, seconds of sound, failed files, or an error."""
+        """What was done of the unit in the batch: clips, seconds of sound, failed files, weight, or an error."""
         (unit,) = batch["unit"].tolist()
-        done = {"files": 0, "clips": 0, "seconds": 0.0, "failed": 0}
+        done = {"clips": 0, "seconds": 0.0, "failed": 0, "weight": 0.0}
 
         def report(**more):
             done.update({name: done[name] + number for name, number in more.items()})
@@ -131,7 +131,7 @@ def run_on_ray(stages: Stages, units: list[int], report: Callable, *, cpus: int,
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
     out = stages.table.files.unstrip_protocol(stages.table.folder)
-    weights_sha256 = stages.table.read_json("metadata.json")["weights_sha256"]
+    weights_sha256 = stages.table.read_metadata()["weights_sha256"]
     done = dataset.map_batches(
         UnitEmbedder,
         batch_size=1,
@@ -154,4 +154,4 @@ def run_on_ray(stages: Stages, units: list[int], report: Callable, *, cpus: int,
         for row in itertools.chain.from_iterable(block.iter_rows(public_row_format=True) for block in blocks):
             if row["error"]:
                 raise (BrokenRecordingError if row["is_broken"] else OSError)(row["error"])
-            report(**{name: row[name] for name in ("files", "clips", "seconds", "failed")})
+            report(**{name: row[name] for name in ("clips", "seconds", "failed", "weight")})

@@ -5,7 +5,7 @@ Shapes: B windows, T frames, M mel bands, D width, L blocks, t time patches of 1
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from bat_audio.configuration_bat import BatConfig
-from bat_audio.load_model import HERE, find_weights, load_pretrained_encoder
+from bat_audio.load_model import HERE, check_device, find_weights, load_pretrained_encoder
 from bat_audio.processing_bat import PATCH_FRAMES, BatFeatureExtractor, fit_frames
 from bat_audio_tools.embedding.table import PLACE, vectors_array
 from bat_audio_tools.embedding.windows import BrokenRecordingError, Window
@@ -105,10 +105,14 @@ class Encoder:
 
 
 class Bucket:
-    """Clips that run in batches of one length, and become rows of the table in the order in which they came."""
+    """Clips that run in batches of one length, and become rows of the table in the order in which they came.
 
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
+    Args:
+        embedded: is called with the windows of each batch when it has run.
+    """
+
+    def __init__(self, encoder: Encoder, embedded: Callable[[list[Window]], None]):
+        self.encoder, self.embedded = encoder, embedded
         self.windows, self.rows, self.seconds, self.waiting = [], [], 0.0, defaultdict(list)
 
     @property
@@ -130,8 +134,10 @@ class Bucket:
 
     def _encode(self, num_frames: int):
         places = self.waiting.pop(num_frames)
-        for place, row in zip(places, self.encoder([self.windows[place] for place in places]), strict=True):
+        windows = [self.windows[place] for place in places]
+        for place, row in zip(places, self.encoder(windows), strict=True):
             self.rows[place], self.windows[place].samples = row, None
+        self.embedded(windows)
 
     @torch.inference_mode()
     def table(self, schema: pa.Schema) -> pa.Table:
@@ -172,23 +178,28 @@ class Bucket:
         raise BrokenRecordingError(f"NaN or infinite values in the column {name} of {places}{more}. {cure}.")
 
 
-def buckets(windows: Iterable[Window], encoder: Encoder) -> Iterator[Bucket]:
-    """The windows in buckets, with all their batches under way."""
-    bucket = Bucket(encoder)
+def buckets(windows: Iterable[Window], encoder: Encoder, embedded: Callable[[list[Window]], None]) -> Iterator[Bucket]:
+    """The windows in buckets, with all their batches under way; `embedded` is as of `Bucket`."""
+    bucket = Bucket(encoder, embedded)
     for window in windows:
         bucket.add(window)
         if bucket.is_full:
             bucket.encode_rest()
             yield bucket
-            bucket = Bucket(encoder)
+            bucket = Bucket(encoder, embedded)
     if bucket.windows:
         bucket.encode_rest()
         yield bucket
 
 
 def compute_on(settings: RowSettings) -> tuple[str, str]:
-    """The device and dtype that `auto` and a `bf16` of None mean on this machine."""
+    """The device and dtype that `auto` and a `bf16` of None mean on this machine.
+
+    Raises:
+        ValueError: the device is not there.
+    """
     device = pick_device(settings.device)
+    check_device(device)
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from bat_audio_tools.embedding.encoder import Bucket, Encoder, buckets, compute_on, encoder_config
 from bat_audio_tools.embedding.table import Table, row_schema
@@ -19,8 +19,14 @@ from bat_audio_tools.embedding.windows import (
     read_windows,
 )
 from bat_audio_tools.settings import EmbedSettings
-from bat_audio_tools.sounds.listing import Plan
+from bat_audio_tools.sounds.listing import BYTES_PER_SECOND, Plan
 from bat_audio_tools.sounds.manifests import without_decoding
+
+
+def read_plan(table: Table) -> Plan:
+    """The list of inputs of a table that was begun; a ValueError says that its file is damaged."""
+    with table.reading("inputs.parquet"):
+        return Plan(table.open("inputs.parquet"))
 
 
 class Stages:
@@ -30,7 +36,7 @@ class Stages:
         self.settings, self.dataset = settings, dataset
         self.sounds = None if dataset is None else without_decoding(*dataset)
         self.table = Table(settings.out)
-        self.plan = Plan(self.table.open("inputs.parquet"))
+        self.plan = read_plan(self.table)
         _, config = encoder_config(settings)
         self.cut = Cut.of(settings, config)
         self.schema = row_schema(
@@ -46,36 +52,56 @@ class Stages:
         """Encode a unit's windows and write its shard, with the broken ones in its list of errors.
 
         Args:
-            report: gets the numbers of files, clips, seconds of sound, and failed files, as they come.
+            report: gets the numbers of clips, seconds of sound and failed files, and how much of the plan's weights is
+                done, as the encoder gets on.
 
         Raises:
             BrokenRecordingError: there is a broken one, and the settings are strict.
             OSError: the shard cannot be written.
         """
 
+        weights = dict(zip(self.plan.unit(unit), self.plan.weights(unit), strict=True))
+
+        def embedded(clips: list[Window]):
+            seconds = sum(clip.end_s - clip.start_s for clip in clips)
+            report(clips=len(clips), seconds=seconds, weight=sum(clip.share * weights[clip.input] for clip in clips))
+
+        def with_shares() -> Iterator[Window]:
+            """The windows, also those of recordings whose length nothing tells with a share.
+
+            Such a recording slows down on its way to its whole weight, and has the rest of it when it ends.
+            """
+            for recording, found in itertools.groupby(windows, key=attrgetter("input")):
+                weight, left = weights[recording], 1.0
+                for window in found:
+                    if window.share is None:
+                        seconds = 0.0 if window.end_s is None else window.end_s - window.start_s
+                        window.share = min(seconds * BYTES_PER_SECOND / weight * left**2, left / 2)
+                    window.share = min(window.share, left)
+                    left -= window.share
+                    yield window
+                report(weight=left * weight)
+
         def unbroken() -> Iterator[Window]:
-            last = None
-            for window in windows:
+            for window in with_shares():
                 if window.error is not None and self.settings.strict:
                     raise BrokenRecordingError(
                         f"{window.input.path}: {window.error} Mend it, leave it out, or run without strict."
                     )
-                failed = shard.failed
                 if window.error is not None:
+                    failed = shard.failed
                     shard.add_error(window.input, window.place, window.error)
-                report(files=window.input != last, failed=shard.failed - failed)
-                last = window.input
-                if window.error is None:
+                    report(failed=shard.failed - failed, weight=window.share * weights[window.input])
+                else:
                     yield window
 
         def write_rows(bucket: Bucket):
             shard.add(bucket.table(self.schema), bucket.seconds)
-            report(clips=len(bucket.windows), seconds=bucket.seconds)
 
         # A thread fetches the rows from the device and writes them, while the encoder computes the next ones.
         with self.table.write_shard(unit, self.schema) as shard, ThreadPoolExecutor(1) as thread:
             written = thread.submit(int)
-            for bucket in buckets(unbroken(), encoder):
+            for bucket in buckets(unbroken(), encoder, embedded):
                 written.result()
                 written = thread.submit(write_rows, bucket)
             written.result()

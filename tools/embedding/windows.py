@@ -44,6 +44,7 @@ class Window:
 
     Args:
         start_s, end_s: in seconds from the start of the file; an `end_s` of None is unknown.
+        share: about which part of its recording it is; None where nothing tells the recording's length.
     """
 
     input: Input
@@ -51,6 +52,7 @@ class Window:
     end_s: float | None
     samples: np.ndarray | None = None
     error: str | None = None
+    share: float | None = None
 
     @property
     def place(self) -> dict:
@@ -156,11 +158,13 @@ class Found:
     Args:
         rest: None where nothing tells how many there are, and the recording is to be read on from its start.
         missing: the windows behind the rest that a truncated file lacks.
+        expected: about how many windows there are, where that is only estimated.
     """
 
     stretches: list[Stretch]
     rest: range | None = range(0)
     missing: Stretch | None = None
+    expected: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -179,10 +183,15 @@ def decode_first(cut: Cut, item: Input, content: bytes | None) -> Found:
     try:
         with opened(item.path, content) as source, Sound(source) as sound:
             seconds, present, problem = sound.seconds, sound.present_seconds, sound.problem
+            estimate = sound.estimated_seconds
     except Exception as error:  # A decoder may raise anything for a damaged file; the others go on.
         return Found([Stretch(first, error=_reason(item, error))])
     if seconds is None:
-        return next(stream(cut, item, content))
+        found = next(stream(cut, item, content))
+        if estimate is not None:
+            left = estimate - item.start if item.duration is None else min(estimate - item.start, item.duration)
+            found = replace(found, expected=cut.num_windows(round(max(0.0, left) * cut.rate)))
+        return found
     found = decode_part(cut, item, content, first)
     seconds -= item.start
     if item.duration is not None:
@@ -297,7 +306,12 @@ class DecodingProcesses(Executor):
             return self.executor.submit(function, *arguments)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True):
-        """End the processes; what is under way is waited for, what is not is given up."""
+        """End the processes at once, even where a decoder is stuck, and give up what is under way."""
+        # No public name of Python before 3.14 tells the processes of an executor.
+        for process in self.executor._processes.values():
+            process.kill()
+        # Where one was killed while it sent a result, the rest of that would be waited for as long as it can come.
+        self.executor._result_queue._writer.close()
         self.executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
@@ -310,7 +324,7 @@ def result_of(future: Future, function: Callable, arguments: tuple) -> Any:
     try:
         return future.result()
     except BrokenExecutor:
-        with ProcessPoolExecutor(1, initializer=_begin_process) as alone:
+        with DecodingProcesses(1) as alone:
             return alone.submit(function, *arguments).result()
 
 
@@ -406,8 +420,12 @@ def read_windows(
         _, item, _ = task
         found = found or Found([Stretch(range(1), error=KILLS)])
         rest = streamed_rest(executor, task) if found.rest is None else read_rest(executor, task, found.rest, ahead)
+        number = found.expected if found.rest is None else max(1, found.rest.stop)
         for stretch in itertools.chain(found.stretches, rest, filter(None, [found.missing])):
-            yield from ((unit, window) for window in cut.windows(item, stretch))
+            for window in cut.windows(item, stretch):
+                if number is not None:
+                    window.share = (1 if window.error is None else len(stretch.numbers)) / number
+                yield unit, window
 
 
 def read_rest(executor: Executor | None, task: tuple, numbers: range, ahead: int) -> Iterator[Stretch]:

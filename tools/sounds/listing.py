@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
         "channel": pa.string(),
     }
 )
+PLAN = SCHEMA.append(pa.field("bytes", pa.int64()))
 logger = logging.get_logger(__name__)
 
 
@@ -351,10 +352,10 @@ def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dic
         `files`, how many there are, and `sha256` of the list.
     """
     digest, seen, unit, unit_bytes, count = hashlib.sha256(), set(), [], 0, 0
-    with parquet.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    with parquet.ParquetWriter(file, PLAN, compression="zstd") as writer:
 
         def write_unit():
-            writer.write_table(pa.Table.from_pylist([vars(item) for item in unit], SCHEMA))
+            writer.write_table(pa.Table.from_pylist([{**vars(item), "bytes": size} for item, size in unit], PLAN))
 
         for item, size in inputs:
             key = _key(_plain(item))
@@ -366,7 +367,7 @@ def write_plan(inputs: Iterable[tuple[Input, int]], file, unit_size: int) -> dic
             if len(unit) == unit_size or unit_bytes >= unit_size * UNIT_BYTES:
                 write_unit()
                 unit, unit_bytes = [], 0
-            unit.append(item)
+            unit.append((item, size))
             unit_bytes += size
         write_unit()
     if count > len(seen):
@@ -387,8 +388,23 @@ class Plan:
 
     def unit(self, number: int) -> list[Input]:
         """The inputs of a unit; a pipe or broken link may have been mended since they were listed."""
-        items = [Input(**row) for row in self.file.read_row_group(number).to_pylist()]
+        items = [Input(**row) for row in self.file.read_row_group(number, columns=SCHEMA.names).to_pylist()]
         return [
             item if item.problem in (None, NOT_UTF8) else replace(item, problem=unreadable_kind(item.path))
             for item in items
         ]
+
+    def weights(self, unit: int) -> list[int]:
+        """How much of the work each input of a unit is, by its bytes; those of unknown size count as UNIT_BYTES."""
+        if "bytes" not in self.file.schema_arrow.names:  # The list of a table of version 0.6.0 tells no sizes.
+            return [UNIT_BYTES] * self.size(unit)
+        sizes = self.file.read_row_group(unit, columns=["bytes"])["bytes"].to_pylist()
+        return [size or UNIT_BYTES for size in sizes]
+
+    def sha256(self) -> str:
+        """The digest of the list, as of `write_plan`."""
+        digest = hashlib.sha256()
+        for number in range(self.num_units):
+            for item in self.unit(number):
+                digest.update(_key(item))
+        return digest.hexdigest()
