@@ -122,7 +122,8 @@ def test_resuming_after_kill_9(many, checkpoint, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_resuming_after_20_kills_over_2000_files(checkpoint, tmp_path):
     (tmp_path / "many").mkdir()
-    make_many(tmp_path / "many", 2000, broken_every=100)
+    make_many(tmp_path / "many", 1999, broken_every=100)
+    os.mkfifo(tmp_path / "many" / "000" / "pipe.wav")  # Whoever opens it waits for ever.
     if os.getuid():  # root may read everything
         (tmp_path / "many" / "000" / "00001.wav").chmod(0)
     options = ("--shard-size", 25, "--num-frames", 16, "--segment", 1)
@@ -149,6 +150,7 @@ def test_resuming_after_20_kills_over_2000_files(checkpoint, tmp_path):
     assert summary["files"] == 2000
     reasons = [row["error"] for row in read_errors(out)]
     assert any("Permission denied" in reason for reason in reasons) == bool(os.getuid())
+    assert any("It is a pipe (FIFO), which is never opened" in reason for reason in reasons)
     assert_same_table(out, tmp_path / "whole")
     assert unfinished(out) == []
 
