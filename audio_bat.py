@@ -416,10 +416,10 @@ def _find_decoder(file: BinaryIO, path: str | None) -> "_LibsndfileDecoder | _FF
     head = file.read(512)
     if not head:
         raise ValueError("the file is empty")
-    raise ValueError("it holds text, no sound" if is_text(head) else "; ".join(reasons))
+    raise ValueError("it holds text, no sound" if _is_text(head) else "; ".join(reasons))
 
 
-def is_text(head: bytes) -> bool:
+def _is_text(head: bytes) -> bool:
     """Whether the first bytes of a file are readable text, such as a playlist or the page of an error."""
     try:
         text = head.decode("utf-8")
@@ -548,7 +548,7 @@ class _FFmpegDecoder:
         try:
             self.container = self.av.open(file, options=options, metadata_errors="replace")
         except self.av.FFmpegError as error:
-            raise _UnreadableError(f"no format of sound that FFmpeg knows ({error.strerror})") from error
+            raise _UnreadableError(f"no format of sound that FFmpeg knows ({_reason(error)})") from error
         try:
             if not self.container.streams.audio:
                 raise _UnreadableError("it has no track of sound")
@@ -563,9 +563,9 @@ class _FFmpegDecoder:
             self.first_frame = next(self.decoded, None)
             if self.first_frame is None:
                 raise _UnreadableError("no sound in it could be decoded")
-        except ValueError as error:
+        except (ValueError, self.av.FFmpegError) as error:
             self.close()
-            raise _UnreadableError(str(error)) from error
+            raise _UnreadableError(_reason(error)) from error
         self.rate, self.channels = self.first_frame.sample_rate, self.first_frame.layout.nb_channels
 
     def close(self):
@@ -598,11 +598,14 @@ class _FFmpegDecoder:
         if self.told_seconds:
             return self.told_seconds
         seconds = [self.first_frame.samples / self.rate]
-        for packet in self.container.demux(self.stream):
-            if packet.duration:
-                seconds.append(float(packet.duration * packet.time_base))
-            else:
-                seconds += (frame.samples / self.rate for frame in packet.decode())
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.duration:
+                    seconds.append(float(packet.duration * packet.time_base))
+                else:
+                    seconds += (frame.samples / self.rate for frame in packet.decode())
+        except self.av.FFmpegError as error:
+            raise ValueError(f"damaged: {_reason(error)}") from error
         return math.fsum(seconds)
 
     def blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
@@ -614,8 +617,8 @@ class _FFmpegDecoder:
                 place, frame = next(frames)
             except StopIteration:
                 break
-            except ValueError as error:  # What was decoded before comes first.
-                failure = error
+            except (ValueError, self.av.FFmpegError) as error:  # What was decoded before comes first.
+                failure = ValueError(f"damaged: {_reason(error)}")
                 break
             if frame.sample_rate != self.rate:
                 failure = ValueError(
@@ -652,6 +655,8 @@ class _FFmpegDecoder:
             frame = next(frames, None)
             if frame is None:
                 return
+            if frame.pts is None:
+                raise ValueError("its packets tell no times, so that no part of it can be found")
             place = round((frame.pts - origin) * self.stream.time_base * self.rate)
             frames = itertools.chain([frame], frames)
         for frame in frames:
@@ -666,13 +671,18 @@ class _FFmpegDecoder:
                 continue
             try:
                 frames = packet.decode()
-            except self.av.FFmpegError as error:
+            except self.av.FFmpegError:
                 self.damaged += 1
                 if self.format not in RAW_STREAMS or self.damaged > MOST_DAMAGED + number:
-                    raise ValueError(f"damaged: {error.strerror}") from error
+                    raise
                 continue
             number += len(frames)
             yield from frames
+
+
+def _reason(error: Exception) -> str:
+    """What an error of PyAV says, without its number and the file's name."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _to_float(frame: "av.AudioFrame") -> np.ndarray:  # noqa: F821
