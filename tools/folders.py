@@ -47,10 +47,14 @@ def check_new(out: Path):
         FileNotFoundError: its own folder is not there.
         FileExistsError: there is something of this name already.
     """
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
+    _check_parent(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; name another (--out), or remove it first.")
+
+
+def _check_parent(out: Path):
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
 
 
 def check_picture(out: Path):
@@ -62,8 +66,7 @@ def check_picture(out: Path):
     """
     if out.suffix.lower() not in PICTURES:
         raise ValueError(f"{out}: the picture's format is told by its suffix; expected one of {', '.join(PICTURES)}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first.")
+    _check_parent(out)
 
 
 def file_digest(file: Path) -> str:
