@@ -20,11 +20,13 @@ import soundfile
 import soxr
 import torch
 from conftest import TESTS, tiny_model
+from embed_tables import run_embed
 from encoded import FORMATS, chirp, encode, encoded, write_encoded
 from pyarrow import parquet
 
 from bat_audio import BatAudioProcessor, BatFeatureExtractor, Sound, audio_bat, load_audio
 from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
+from bat_audio_tools import similar
 from bat_audio_tools.embedding import windows
 from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings
 from bat_audio_tools.sounds.listing import list_inputs
@@ -77,8 +79,32 @@ def pretrain_door(path, folder) -> np.ndarray:
     return heard[0]
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of embeddings to search in."""
+    folder = tmp_path_factory.mktemp("table")
+    tiny_model().save_pretrained(folder / "model")
+    (folder / "x.wav").write_bytes(encoded("pcm.wav"))
+    run_embed([str(folder / "x.wav")], folder / "table", folder / "model", num_frames=16)
+    return folder / "table"
+
+
+def similar_door(path, table) -> np.ndarray:
+    heard = []
+
+    class Hearing(similar.Encoder):
+        def __call__(self, found):
+            heard.extend(window.samples for window in found)
+            return super().__call__(found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similar, "Encoder", Hearing)
+        assert len(similar.similar(path, table, device="cpu")) == 1
+    return heard[0]
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_through_every_door(name, tmp_path):
+def test_every_format_through_every_door(name, table, tmp_path):
     path = write_encoded(tmp_path, name, SECONDS)
     content = path.read_bytes()
     expected = load_audio(path).numpy()
@@ -96,6 +122,7 @@ def test_every_format_through_every_door(name, tmp_path):
         "pipeline, path": lambda: pipe().load_clip(str(tmp_path / "nameless")).numpy(),
         "pipeline, bytes": lambda: pipe().load_clip(content).numpy(),
         "finetune": lambda: Example(str(tmp_path / "nameless"), ("a",)).load(BatAudioProcessor()).numpy(),
+        "similar": lambda: similar_door(tmp_path / "nameless", table),
         "embed, whole": lambda: embed_door(tmp_path / "nameless"),
         "embed, windows": lambda: embed_door(tmp_path / "nameless", 0.7),
     }
