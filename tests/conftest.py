@@ -92,11 +92,15 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool 
 
 
 def run(command: list[str], cwd: Path | None = None, check: bool = True, **environment):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS, **environment}
-    environment = {key: str(value) for key, value in environment.items() if value is not None}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, env=environment_with(environment), capture_output=True, text=True)
     assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result
+
+
+def environment_with(changes: dict) -> dict[str, str]:
+    """This process's environment, offline and with its threads, and with these changes; None removes a variable."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS, **changes}
+    return {name: str(value) for name, value in environment.items() if value is not None}
 
 
 def pytest_collection_modifyitems(items):
