@@ -85,10 +85,11 @@ def _run(words: list[str], environment: dict[str, str], folder: str):
 # arguments, in a forked process with the folder and environment that the line names. It writes what that prints to one
 # file and its errors to another, and answers with the exit status.
 FORKS = """
-import contextlib, importlib, json, os, runpy, sys
+import contextlib, gc, importlib, json, os, runpy, sys
 for library in sys.argv[1:]:
     with contextlib.suppress(ImportError):
         importlib.import_module(library)
+gc.freeze()  # or each would look through all that it has of this process, and so copy it
 for line in sys.stdin:
     child = os.fork()
     if not child:
