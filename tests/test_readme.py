@@ -1,5 +1,6 @@
 """Every command and snippet of README.md and of the pages in docs/ runs and prints what it says."""
 
+import functools
 import json
 import re
 import shlex
@@ -71,13 +72,17 @@ class Clone:
     def authors(self) -> Path:
         return self.folder / "BAT_base.pt"
 
+    @functools.cached_property
+    def forks(self) -> Forks:
+        return Forks(LIBRARIES, self.environment)
+
     def __enter__(self) -> "Clone":
         self.hub.__enter__()
-        self.forks = Forks(LIBRARIES, self.environment)
         return self
 
     def __exit__(self, *exception):
-        self.forks.end()
+        if "forks" in vars(self):
+            self.forks.end()
         self.hub.__exit__(*exception)
         shutil.rmtree(self.folder)
 
