@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 # The test processes share the cores; more threads than cores would only wait for each other.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(THREADS)
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or every process that compiles starts others, which import torch
 SNAPSHOT_FILES = [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "README.md", ROOT / "LICENSE"]
 
 
