@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 # The test processes share the cores; more threads than cores would only wait for each other.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(THREADS)
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or every process that compiles starts others, which import torch
 SNAPSHOT_FILES = [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "README.md", ROOT / "LICENSE"]
 
 
@@ -92,11 +93,15 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None, check: bool 
 
 
 def run(command: list[str], cwd: Path | None = None, check: bool = True, **environment):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS, **environment}
-    environment = {key: str(value) for key, value in environment.items() if value is not None}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, env=environment_with(environment), capture_output=True, text=True)
     assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result
+
+
+def environment_with(changes: dict) -> dict[str, str]:
+    """This process's environment, offline and with its threads, and with these changes; None removes a variable."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS, **changes}
+    return {name: str(value) for name, value in environment.items() if value is not None}
 
 
 def pytest_collection_modifyitems(items):

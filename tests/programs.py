@@ -1,20 +1,25 @@
-"""`bat-audio` in processes of their own that start at once, because they are forked from one that has the libraries.
+"""Processes of their own that start at once, because they are forked from one that has the libraries.
 
-That process has imported torch, Transformers and their like, which takes several seconds each time, but nothing of BAT:
-what a test starts here reads its options, imports BAT and ends as in a fresh interpreter. Where the imports or the
-launcher are what is tested, `conftest.run` starts one.
+`Program` is `bat-audio`. The process that it is forked from has imported torch, Transformers and their like, which
+takes several seconds each time, but nothing of BAT: what a test starts here reads its options, imports BAT and ends as
+in a fresh interpreter. `run_code` runs any code, forked from a process that has only libraries that read no variables
+of Hugging Face. Where the imports or the launcher are what is tested, `conftest.run` starts a fresh interpreter.
 """
 
+import functools
+import json
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 import torch
+from conftest import environment_with
 
 LIBRARIES = (
     *("accelerate", "datasets", "fsspec", "matplotlib.figure", "pandas", "peft", "pyarrow.parquet", "sklearn.metrics"),
@@ -74,3 +79,83 @@ def _run(words: list[str], environment: dict[str, str], folder: str):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = ["bat-audio", *words]
     runpy.run_module("bat_audio_tools.cli", run_name="__main__", alter_sys=True)
+
+
+# Of a line on standard input this runs "code" with the rest as its text, or the rest as a module or a script, with
+# arguments, in a forked process with the folder and environment that the line names. It writes what that prints to one
+# file and its errors to another, and answers with the exit status.
+FORKS = """
+import contextlib, gc, importlib, json, os, runpy, sys
+for library in sys.argv[1:]:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(library)
+gc.freeze()  # or each would look through all that it has of this process, and so copy it
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+printed, errors, folder, environment, (kind, program, *arguments) = json.loads(line)
+for place, file, way in ((0, os.devnull, os.O_RDONLY), (1, printed, os.O_WRONLY), (2, errors, os.O_WRONLY)):
+    os.dup2(os.open(file, way), place)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+sys.argv = ["-c" if kind == "code" else program, *arguments]
+if kind == "code":
+    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+elif kind == "module":
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(program, run_name="__main__")
+"""
+# What takes the most time to import. Transformers and its like read variables such as HF_HOME as they are imported.
+READ_NO_VARIABLES = (
+    *("pandas", "scipy.optimize", "sklearn.metrics", "soundfile", "torch._dynamo", "torch.distributed.tensor"),
+    *("torchao.quantization", "torchvision"),
+)
+
+
+class Forks:
+    """A process that has imported these libraries, with this environment, and forks for every program."""
+
+    def __init__(self, libraries: tuple[str, ...], environment: dict[str, str]):
+        command = [sys.executable, "-c", FORKS, *libraries]
+        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def run(self, kind: str, *words: str, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+        """Run "code", a "module" or a "script" with arguments, in this folder and with this environment.
+
+        Variables that one of the libraries, torch or libc reads when it begins must be those of this object.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("out", "errors")]
+            for file in files:
+                file.touch()
+            line = json.dumps([*map(str, files), str(cwd), environment, [kind, *words]])
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            status = int(self.process.stdout.readline())
+            return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files))
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@functools.cache
+def _forks() -> Forks:
+    return Forks(READ_NO_VARIABLES, environment_with({}))
+
+
+def run_code(code: str, *arguments, cwd: Path | None = None, check: bool = True, **environment):
+    """As `conftest.run_python`, but at once; variables that torch or libc read when they begin have no effect."""
+    environment = environment_with(environment)
+    result = _forks().run("code", code, *map(str, arguments), cwd=cwd or Path.cwd(), environment=environment)
+    assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, THREADS, assert_same_weights, run_python
+from conftest import ROOT, THREADS, assert_same_weights
+from programs import run_code
 from safetensors.torch import load_file
 from speech_commands import make_speech_commands
 from threadpoolctl import threadpool_limits
@@ -66,7 +67,7 @@ print(model.state_dict()["cls_token"].double().sum().item())
 @pytest.mark.slow
 def test_shipped_folder_loads_with_the_code_in_it(tmp_path):
     arguments = BAT_TINY, EXAMPLES / "tabla_loop_44k.mp3"
-    printed = run_python(LOAD_WITH_REMOTE_CODE, *arguments, cwd=tmp_path, HF_MODULES_CACHE=tmp_path / "modules").stdout
+    printed = run_code(LOAD_WITH_REMOTE_CODE, *arguments, cwd=tmp_path, HF_MODULES_CACHE=tmp_path / "modules").stdout
     size, cls_token = printed.splitlines()
     assert size == "torch.float32 torch.Size([1, 192]) 192"
     assert float(cls_token) == load_file(BAT_TINY / "model.safetensors")["cls_token"].double().sum().item()

@@ -7,9 +7,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, run, tiny_config, tiny_model
+from programs import run_code
 
 sys.path.append(str(ROOT))  # the benchmarks are no part of the installed package
-from benchmarks import harness
+import benchmarks.__main__
+from benchmarks import front_end, harness, startup
 from benchmarks.harness import Case, Section, Spread, Table
 
 # Charts and tables that each section writes.
@@ -31,6 +33,20 @@ def tiny_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(chunk_time_patches=64).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Measurements and clips are short, and a section's processes of its own are forked: the figures mean nothing."""
+
+    def run_forked(code: str, *arguments, **environment):
+        return json.loads(run_code(code, *arguments, cwd=ROOT, **environment).stdout.splitlines()[-1])
+
+    for module in (harness, startup):
+        monkeypatch.setattr(module, "run_code", run_forked)
+    monkeypatch.setattr(harness, "SECONDS_PER_MEASUREMENT", {"cpu": 0.01})
+    monkeypatch.setattr(front_end, "SECONDS", 1)
+    monkeypatch.setattr(benchmarks.__main__, "disable_progress_bar", lambda: None)  # of the other tests too
 
 
 def test_ratios_are_of_the_same_round():
@@ -160,10 +176,8 @@ def test_memory_is_shown_with_its_spread_where_measured_several_times():
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(capsys):
-    from benchmarks.__main__ import main
-
     with pytest.raises(SystemExit):
-        main(["--checkpoint", "/nowhere"])
+        benchmarks.__main__.main(["--checkpoint", "/nowhere"])
     assert capsys.readouterr().err.splitlines()[-1].endswith("--checkpoint /nowhere: there is no config.json")
 
 
@@ -188,14 +202,19 @@ def test_verdicts_and_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("section", SECTIONS)
 def test_section_runs(section, tiny_checkpoint, tmp_path):
     if section == "encoder":
         pytest.importorskip("timm")
         pytest.importorskip("torchao")
     charts, tables = SECTIONS[section]
-    options = ["--quick", "--checkpoint", tiny_checkpoint, "--out", tmp_path, "--only", section]
-    run([sys.executable, "-m", "benchmarks", *map(str, options)], cwd=ROOT)
+    folders = ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path)]
+    options = ["--quick", "--rounds", "1", *folders, "--only", section]
+    if section == "profile":  # of all sections, one as users start it
+        run([sys.executable, "-m", "benchmarks", *options], cwd=ROOT)
+    else:
+        benchmarks.__main__.main(options)
     (result,) = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert f"## {result['name']}" in (tmp_path / "results.md").read_text()
     assert len(list(tmp_path.glob("*.png"))) == charts
@@ -207,12 +226,13 @@ def test_section_runs(section, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_gpu_section_runs_on_a_cpu(tiny_checkpoint, tmp_path):
     """With two sizes and the same code as on a GPU, whose events and CUDA graphs stay untested."""
     pytest.importorskip("timm")
     from benchmarks import gpu
 
-    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=2)
+    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=1)
     section = gpu.run(settings, dtypes=[torch.bfloat16], batches=[1, 64], size=64)
     cases = ["floor", *gpu.WAYS, "torch.export", "transformers AST", "int8 compiled", "reduce-overhead"]
     left_out = {note.split(" in ")[0] for note in section.notes if "left out" in note}
@@ -239,6 +259,7 @@ def test_profile_tells_what_takes_the_time(tiny_checkpoint, tmp_path):
         assert 0.3 < sum(row["share"] for row in rows.values()) <= 1.0001
 
 
+@pytest.mark.usefixtures("brief")
 def test_gpu_section_keeps_the_other_rows_without_floor_and_ceiling(tiny_checkpoint, tmp_path, monkeypatch):
     from benchmarks import gpu
 
@@ -247,7 +268,7 @@ def test_gpu_section_keeps_the_other_rows_without_floor_and_ceiling(tiny_checkpo
 
     monkeypatch.setattr(gpu, "ceiling", fail)
     monkeypatch.setattr(gpu, "encoder_calls", lambda *_: {"floor, 64 at a time": fail, "compiled": lambda: torch.abs})
-    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=2)
+    settings = harness.Settings(folder=tiny_checkpoint, scratch=tmp_path, rounds=1)
     section = gpu.run(settings, dtypes=[torch.bfloat16], batches=[64])
     (row,) = section.tables[0].rows
     assert row["time / compiled"] == Spread(1.0, 1.0, 1.0)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run_python, tiny_config
+from conftest import tiny_config
 from huggingface_hub import ModelCard
+from programs import run_code
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, BatModel
 from bat_audio_tools.training.card import block_weights_figure, loss_figure, write_card, write_encoder_card
@@ -178,7 +179,7 @@ def run_snippet(folder, tmp_path):
     waveform = np.random.RandomState(0).uniform(-0.5, 0.5, 16000).astype(np.float32)
     soundfile.write(folder / "clip.wav", waveform, 16000, subtype="FLOAT")
     (code,) = SNIPPET.findall((folder / "README.md").read_text(encoding="utf-8"))
-    printed = run_python(code, cwd=folder, HF_MODULES_CACHE=tmp_path / "modules").stdout
+    printed = run_code(code, cwd=folder, HF_MODULES_CACHE=tmp_path / "modules").stdout
     return printed.splitlines(), BatFeatureExtractor(), waveform
 
 

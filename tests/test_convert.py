@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python, tiny_config, tiny_model
+from conftest import tiny_config, tiny_model
+from programs import run_code
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
@@ -175,7 +176,7 @@ def test_fresh_process_computes_the_same(tmp_path):
         expected[str(folder)] = model(FEATURES)[0]
     save_file({"features": FEATURES}, tmp_path / "features.safetensors")
     results = tmp_path / "results.safetensors"
-    run_python(LOAD, tmp_path / "features.safetensors", results, *expected, HF_MODULES_CACHE=tmp_path / "modules")
+    run_code(LOAD, tmp_path / "features.safetensors", results, *expected, HF_MODULES_CACHE=tmp_path / "modules")
     found = load_file(results)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

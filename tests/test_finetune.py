@@ -14,9 +14,9 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import assert_same_weights, run, run_python, tiny_config
+from conftest import assert_same_weights, run, tiny_config
 from huggingface_hub import ModelCard
-from programs import Program, run_program, run_two_processes
+from programs import Program, run_code, run_program, run_two_processes
 from safetensors.torch import load_file
 from transformers import (
     AutoFeatureExtractor,
@@ -705,5 +705,5 @@ assert "bat_audio" not in sys.modules
 print(sorted(score["label"] for score in scores))
 """
     sound = Path(options["train"]) / "hum" / "0.wav"
-    printed = run_python(code, options["out"], sound, HF_MODULES_CACHE=Path(options["out"]).parent / "modules").stdout
+    printed = run_code(code, options["out"], sound, HF_MODULES_CACHE=Path(options["out"]).parent / "modules").stdout
     assert printed.splitlines()[-1] == str(list(SOUNDS))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TESTS, load_golden, run_python
 from hub_server import HubServer
+from programs import run_code
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def run_snippets(code: str, repo, tmp_path, **environment):
     result = tmp_path / "result.safetensors"
     names = {"repo": repo, "snapshot_dir": repo, "golden": GOLDEN, "result": result}
     header = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items())
-    run_python(header + code + OUTPUT, cwd=tmp_path, **{"HF_MODULES_CACHE": tmp_path / "modules", **environment})
+    run_code(header + code + OUTPUT, cwd=tmp_path, **{"HF_MODULES_CACHE": tmp_path / "modules", **environment})
     expected = load_golden("encoder_full")[0]["clip.last_hidden_state_sampled"]
     torch.testing.assert_close(load_file(result)["tokens"], expected, rtol=0, atol=2e-5)
 

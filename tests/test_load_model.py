@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, run_python, tiny_model
+from conftest import ROOT, run, tiny_model
 from hub_server import SHORT_PAUSES, HubServer
 from huggingface_hub import constants
+from programs import run_code
 from safetensors.torch import load_file, save_file
 
 from bat_audio import BatAudioProcessor, BatModel, load_audio_processor, load_model, load_pretrained_encoder
@@ -158,7 +159,7 @@ def test_missing_file_is_an_error(tiny_files, hub, load):
 
 def test_offline_without_cache_is_an_error_that_helps(tmp_path):
     code = "import bat_audio\ntry: bat_audio.load_pretrained_encoder()\nexcept OSError as error: print(error)"
-    message = run_python(code, HF_HOME=tmp_path).stdout
+    message = run_code(code, HF_HOME=tmp_path).stdout
     assert "offline" in message
     assert str(tmp_path) in message
     assert "examples/bat-tiny" in message
@@ -289,7 +290,7 @@ assert model(**features).pooler_output.isfinite().all()
 assert bat_audio.load_pretrained_encoder(checkpoint=sys.argv[1])(**features).pooler_output.isfinite().all()
 assert bat_audio.load_audio_processor()(torch.rand(2, 16000)).shape == (2, 1, 1024, 128)
 """
-    run_python(code, folder, ROOT, PYTHONPATH=tmp_path / "broken")
+    run_code(code, folder, ROOT, PYTHONPATH=tmp_path / "broken")
 
 
 # The command line

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import TESTS, run_python, tiny_config, tiny_model
+from conftest import TESTS, tiny_config, tiny_model
+from programs import run_code
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -195,7 +196,7 @@ print(extractor.to_dict() == AutoFeatureExtractor.from_pretrained(sys.argv[1], t
 
 def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
     source, _ = saved  # saved by the installed package, so its code is that of the repository
-    first = run_python(SAVE_AND_LOAD, source, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
+    first = run_code(SAVE_AND_LOAD, source, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules1")
     files, value = first.stdout.splitlines()
     code = {"audio_bat.py", "configuration_bat.py", "modeling_bat.py", "pipeline_bat.py", "processing_bat.py"}
     assert code <= set(json.loads(files.replace("'", '"')))
@@ -205,5 +206,5 @@ def test_saved_folder_carries_the_code_and_loads_alone(tmp_path, saved):
     original, copied = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert original.keys() == copied.keys()
     assert all(torch.equal(original[name], copied[name]) for name in original)
-    second = run_python(LOAD, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules2")
+    second = run_code(LOAD, tmp_path / "out", HF_MODULES_CACHE=tmp_path / "modules2")
     assert second.stdout.splitlines() == [value, "True"]

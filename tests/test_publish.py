@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_config, tiny_model
+from conftest import ROOT, tiny_config, tiny_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
+from programs import run_code
 from safetensors.torch import load_file, save_file
 
 from bat_audio import BatFeatureExtractor, BatForAudioClassification, BatForAudioFrameClassification, BatModel
@@ -79,7 +80,7 @@ def changes(hub: HubServer) -> list[tuple[str, str]]:
 def download(hub: HubServer, home: Path) -> str:
     """The folder with the files of lrauch/new, as a client of its own gets them."""
     code = "import huggingface_hub; print(huggingface_hub.snapshot_download('lrauch/new'))"
-    return run_python(code, **{**hub.env(home), "HF_HUB_OFFLINE": None}).stdout.strip()
+    return run_code(code, **{**hub.env(home), "HF_HUB_OFFLINE": None}).stdout.strip()
 
 
 def names(folder: Path) -> set[str]:
@@ -139,7 +140,7 @@ def test_published_and_pushed_models_give_the_same_outputs_in_a_fresh_process(pu
     hub, _ = published
     environment = {**hub.env(tmp_path / "home"), "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": None}
     repositories = [part for repo_id, (auto_class, _) in MODELS.items() for part in (repo_id, auto_class)]
-    run_python(LOAD_AND_PUSH, tmp_path / "answers.pt", *repositories, cwd=tmp_path, **environment)
+    run_code(LOAD_AND_PUSH, tmp_path / "answers.pt", *repositories, cwd=tmp_path, **environment)
     answers = torch.load(tmp_path / "answers.pt", weights_only=True)
     waveform = torch.rand(20000, generator=torch.Generator().manual_seed(3)) - 0.5
     features = BatFeatureExtractor()(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]

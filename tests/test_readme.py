@@ -1,5 +1,6 @@
 """Every command and snippet of README.md and of the pages in docs/ runs and prints what it says."""
 
+import functools
 import json
 import re
 import shlex
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, SNAPSHOT_FILES, THREADS, run, run_python, tiny_config
+from conftest import ROOT, SNAPSHOT_FILES, THREADS, run, tiny_config
 from hub_server import HubServer
+from programs import Forks
 from safetensors.torch import load_file
 
 from bat_audio import BatConfig, BatForAudioClassification, BatModel
@@ -32,32 +34,11 @@ SHORT = {
     "pretrain": {"--steps": "2", "--batch-size": "1", "--views": "2", "--num-workers": "0"},
 }
 SHORT_IN_PYTHON = {"steps=200": 'steps=2, batch_size=4, num_frames=112, report_to="none"'}
-# A process that has imported what takes long, but nothing of BAT, and forks for every program: each starts afresh, but
-# in no time. Of a line on standard input it runs "code" with the rest as a snippet, or the rest as a module or a script
-# with its arguments, writes what that prints to a file and its errors to another, and answers with the exit status.
-PROGRAMS = """
-import json, os, runpy, sys
-import accelerate, datasets, matplotlib.pyplot, pandas, sklearn.metrics, torch
-import transformers.pipelines, transformers.trainer
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-printed, errors, (kind, program, *arguments) = json.loads(line)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-for place, file in ((1, printed), (2, errors)):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), place)
-sys.argv = [program, *arguments]
-if kind == "code":
-    exec(compile(program, "snippet", "exec"), {"__name__": "__main__"})
-elif kind == "module":
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path(program, run_name="__main__")
-"""
+# What the programs import beside BAT; in a process with a clone's own variables, which these read.
+LIBRARIES = (
+    *("accelerate", "datasets", "matplotlib.pyplot", "pandas", "sklearn.metrics", "torch", "transformers.pipelines"),
+    "transformers.trainer",
+)
 
 
 class Clone:
@@ -65,7 +46,6 @@ class Clone:
 
     def __init__(self, parent: Path, site: Path, config: BatConfig):
         self.folder, self.weights = parent / "bat", parent / "model.safetensors"
-        self.printed, self.errors = parent / "printed.txt", parent / "errors.txt"
         self.folder.mkdir()
         for file in SNAPSHOT_FILES:
             shutil.copy(file, self.folder)
@@ -85,25 +65,24 @@ class Clone:
         (self.folder / "events.csv").write_text("\n".join(["path,labels,onset,offset", *events]))
         self.hub = HubServer({name: (self.folder / name).read_bytes() for name in ("config.json", "model.safetensors")})
         self.hub.user = "me"
-        home = self.hub.env(parent / "home")
-        self.environment = {**home, "HF_HUB_OFFLINE": None, "HF_TOKEN": self.hub.token, "PYTHONPATH": str(site)}
+        changes = {"HF_TOKEN": self.hub.token, "PYTHONPATH": str(site), "OMP_NUM_THREADS": str(THREADS)}
+        self.environment = {**self.hub.env(parent / "home"), **changes}
 
     @property
     def authors(self) -> Path:
         return self.folder / "BAT_base.pt"
 
+    @functools.cached_property
+    def forks(self) -> Forks:
+        return Forks(LIBRARIES, self.environment)
+
     def __enter__(self) -> "Clone":
         self.hub.__enter__()
-        environment = {name: value for name, value in self.environment.items() if value is not None}
-        environment["OMP_NUM_THREADS"] = str(THREADS)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command = [sys.executable, "-c", PROGRAMS]
-        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)
         return self
 
     def __exit__(self, *exception):
-        self.process.stdin.close()
-        self.process.wait()
+        if "forks" in vars(self):
+            self.forks.end()
         self.hub.__exit__(*exception)
         shutil.rmtree(self.folder)
 
@@ -144,11 +123,9 @@ class Clone:
         raise AssertionError(f"No test runs {shlex.join(words)}")
 
     def run_program(self, kind: str, *words: str) -> str:
-        self.process.stdin.write(json.dumps([str(self.printed), str(self.errors), [kind, *words]]) + "\n")
-        self.process.stdin.flush()
-        status, printed = self.process.stdout.readline().strip(), self.printed.read_text()
-        assert status == "0", (words, status, printed, self.errors.read_text())
-        return printed
+        done = self.forks.run(kind, *words, cwd=self.folder, environment=self.environment)
+        assert done.returncode == 0, (words, done)
+        return done.stdout
 
 
 def shortened(arguments: list[str]) -> list[str]:
@@ -208,7 +185,7 @@ def test_train(clone):
     for trained in ("my-probe", "my-model", "my-model-2", "my-linear", "my-events"):
         assert json.loads((clone.folder / trained / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
     check = "import sys; from huggingface_hub import hf_hub_download; print(hf_hub_download(*sys.argv[1:]))"
-    published = run_python(check, "me/my-model", "model.safetensors", **clone.environment).stdout.strip()
+    published = clone.run_program("code", check, "me/my-model", "model.safetensors").strip()
     assert Path(published).read_bytes() == (clone.folder / "my-model" / "model.safetensors").read_bytes()
 
 
