@@ -116,7 +116,7 @@ def test_text_list(recordings, checkpoint, tmp_path):
     listed = list_rows(str(tmp_path / "list.txt"), tmp_path / "out", checkpoint)
     assert [row[1] for row in listed] == [f"{recordings}/second_0.wav"]
     assert read_errors(tmp_path / "out")[0]["path"] == str(tmp_path / "missing.wav")
-    assert "No such file" in read_errors(tmp_path / "out")[0]["error"]
+    assert "no such file" in read_errors(tmp_path / "out")[0]["error"]
 
 
 @pytest.mark.parametrize("inside", [True, False])
