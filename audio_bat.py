@@ -33,15 +33,15 @@ logger = logging.get_logger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
 MOST_SAMPLES = 2**62  # times behind this are cut to it; libsndfile tells a longer length where a header tells none
+MOST_RATE = 10**7  # Hz; more could only exhaust the memory
 MIN_FILE_RATE = 1000  # Hz; a damaged header can give any rate, and upsampling from 1 Hz exhausts the memory
 BLOCK_SAMPLES = 1 << 18  # so many samples of all channels together are decoded at once
 FILTER_SECONDS = 0.1  # the resampler's filter reaches less far to each side
 MISSING_SECONDS = 0.1  # a decoder may give so much less than the header tells
 OPPOSITE_POWER = 1e-3  # channels cancel each other out where their mean has less than this share of their power
 LARGEST_RIFF = 2**32 + 7  # bytes that the size fields of a WAV file can tell
-# Recorders that cannot know the length beforehand write one of these, or a number from OPEN_END on.
-OPEN_ENDS = (0, 0x70000000, 0x7FFF0000)
-OPEN_END = 0x7FFFF000
+# Recorders that cannot know the length beforehand write one of these sizes.
+OPEN_SIZES = {0, 0x70000000, 0x7FFF0000, *range(0x7FFFF000, 0x80000001), *range(0xFFFFF000, 0x100000000)}
 # Files that begin with these tell their exact length, and are for libsndfile.
 EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"FORM", b".snd", b"caff", b"OggS")
 # What FFmpeg may take a file for: containers of sound, no playlists, scripts, pictures or subtitles.
@@ -55,7 +55,7 @@ RAW_STREAMS = {"aac", "ac3", "dts", "eac3", "loas", "mp3", "mpeg", "mpegts"}
 EXACT_LENGTHS = {"ape", "caf", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "tak", "tta", "wv"}
 # In these, FFmpeg goes to any place at once; in EXACT_TIMES it knows which sample a packet begins with.
 SEEKABLE = {"caf", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "tta", "wv"}
-EXACT_TIMES = {*SEEKABLE, "aac", "mp3", "ogg"}
+EXACT_TIMES = {*SEEKABLE, "aac", "mp3"}
 # From SETTLING_SECONDS behind any packet on, these decode the same samples as from the file's start.
 SETTLING = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "tta", "vorbis", "wavpack"}
 SETTLING_SECONDS = 1.0
@@ -121,7 +121,7 @@ class Sound:
 
     def __init__(self, source: str | os.PathLike | bytes | bytearray | BinaryIO):
         is_path = isinstance(source, str | os.PathLike)
-        self.name = os.fspath(source) if is_path else str(getattr(source, "name", f"<{type(source).__name__}>"))
+        self.name = os.fspath(source) if is_path else str(getattr(source, "name", None) or f"<{type(source).__name__}>")
         with contextlib.ExitStack() as stack:
             file = _open_file(source, self.name, stack)
             with self._named_errors():
@@ -130,6 +130,7 @@ class Sound:
                 if self._decoder.rate < MIN_FILE_RATE:
                     raise ValueError(f"its rate of {self._decoder.rate} Hz is too low for sound")
             self._stack = stack.pop_all()
+        self._is_read = False
         self.rate, self.channels, self.problem = self._decoder.rate, self._decoder.channels, self._decoder.problem
         frames, present = self._decoder.frames, self._decoder.present
         self.seconds = None if frames is None else frames / self.rate
@@ -177,6 +178,13 @@ class Sound:
             raise ValueError(
                 f"{self.name}: start={start} must be at least 0 s and duration={duration} above 0 s, both finite."
             )
+        if not isinstance(sampling_rate, int) or not 0 < sampling_rate <= MOST_RATE:
+            raise ValueError(
+                f"{self.name}: sampling_rate={sampling_rate!r} is no rate in Hz; expected 1 to {MOST_RATE}."
+            )
+        if self._is_read:
+            raise ValueError(f"{self.name}: its samples have been asked for already; open it again.")
+        self._is_read = True
         mix = _Mixer(channel, self.channels)
         # The part is decoded with a margin for the resampler's filter, from a sample that lies on both rates' grids, so
         # that it equals the same part of the whole file.
@@ -188,22 +196,25 @@ class Sound:
         left = MOST_SAMPLES if duration is None else _samples(duration, sampling_rate)
         resampler = _library("soxr").ResampleStream(self.rate, sampling_rate, 1, dtype="float32", quality="HQ")
         is_empty = True
-        with self._named_errors():
-            if self.seconds is not None and start >= self.seconds:
-                raise ValueError(f"{self._decoder.frames} samples at {self.rate} Hz hold nothing from {start} s on")
-            for block in itertools.chain(self._decoder.blocks(first, stop), [None]):
-                mono = np.zeros(0, np.float32) if block is None else mix(block)
-                samples = resampler.resample_chunk(mono, last=block is None)
-                part = samples[skip:][:left]
-                skip, left = max(0, skip - len(samples)), left - len(part)
-                if len(part):
-                    is_empty = False
-                    yield part
-            self.problem = self._decoder.problem
-            if is_empty:
-                raise ValueError(
-                    f"it holds nothing from {start} s on" + ("" if duration is None else f" for {duration} s")
-                )
+        try:
+            with self._named_errors():
+                if self.seconds is not None and start >= self.seconds:
+                    raise ValueError(f"{self._decoder.frames} samples at {self.rate} Hz hold nothing from {start} s on")
+                for block in itertools.chain(self._decoder.blocks(first, stop), [None]):
+                    mono = np.zeros(0, np.float32) if block is None else mix(block)
+                    samples = resampler.resample_chunk(mono, last=block is None)
+                    part = samples[skip:][:left]
+                    skip, left = max(0, skip - len(samples)), left - len(part)
+                    if len(part):
+                        is_empty = False
+                        yield part
+                self.problem = self._decoder.problem
+                if is_empty:
+                    raise ValueError(
+                        f"it holds nothing from {start} s on" + ("" if duration is None else f" for {duration} s")
+                    )
+        finally:
+            del resampler  # A traceback would keep it, and nanobind would complain of that when the process ends.
         if mix.cancels:
             logger.warning_once(
                 f"{self.name}: its channels cancel each other out, so that their mean is next to silence. Take one of "
@@ -219,7 +230,7 @@ class _Mixer:
     """Blocks (n, C) of a file to mono blocks (n,)."""
 
     def __init__(self, channel: str | int, channels: int):
-        is_number = isinstance(channel, int) and not isinstance(channel, bool)
+        is_number = isinstance(channel, int | np.integer) and not isinstance(channel, bool)
         if channel != "mean" and not (is_number and channel >= 0):
             raise ValueError(f"channel={channel!r} is unknown; expected 'mean' or the number of a channel from 0 on.")
         self.channel = channel
@@ -361,12 +372,15 @@ def _open_file(source, name: str, stack: contextlib.ExitStack) -> BinaryIO:
 
 
 def _behind_tag(file: BinaryIO) -> int:
-    """Where the file begins behind an ID3 tag, which some programs write before any format."""
-    file.seek(0)
-    head = file.read(10)
-    if not head.startswith(b"ID3") or len(head) < 10:
-        return 0
-    return 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    """Where the file begins behind ID3 tags, which some programs write before any format."""
+    begin = 0
+    while True:
+        file.seek(begin)
+        head = file.read(10)
+        if not head.startswith(b"ID3") or len(head) < 10:
+            return begin
+        has_footer = bool(head[5] & 0x10)
+        begin += 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)) + 10 * has_footer
 
 
 class _Rest(io.RawIOBase):
@@ -399,13 +413,17 @@ class _UnreadableError(ValueError):
 
 def _find_decoder(file: BinaryIO, path: str | None) -> "_LibsndfileDecoder | _FFmpegDecoder":
     file.seek(begin := _behind_tag(file))
-    if file.read(4) in EXACT_MAGIC:
+    magic = file.read(4)
+    if magic in EXACT_MAGIC:
         rest = _Rest(file, begin) if begin else file
         path = None if begin else path
         ways = [lambda: _LibsndfileDecoder(rest, path), lambda: _FFmpegDecoder(rest)]
     else:
-        # By a path, libsndfile would guess from the name what it cannot tell.
-        ways = [lambda: _FFmpegDecoder(file), lambda: _LibsndfileDecoder(file)]
+        # By a path, libsndfile would guess from the name what it cannot tell, and libmpg123 speaks to stderr.
+        ways = [
+            lambda: _FFmpegDecoder(file),
+            *([] if magic.startswith(b"\xff") else [lambda: _LibsndfileDecoder(file)]),
+        ]
     reasons = []
     for open_it in ways:
         try:
@@ -420,14 +438,10 @@ def _find_decoder(file: BinaryIO, path: str | None) -> "_LibsndfileDecoder | _FF
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether the first bytes of a file are readable text, such as a playlist or the page of an error."""
-    try:
-        text = head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # The last character may be cut.
-            return False
-        text = head[: error.start].decode()
-    return text.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable()
+    """Whether the first bytes of a file look like text in any encoding, as of a playlist or the page of an error."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 begins with one of these.
+        return True
+    return not head.startswith(EXACT_MAGIC) and not re.search(rb"[\x00-\x08\x0b\x0e-\x1f\x7f]", head)
 
 
 class _LibsndfileDecoder:
@@ -441,8 +455,7 @@ class _LibsndfileDecoder:
         self.error = soundfile.LibsndfileError
         if _is_chained(file):
             raise _UnreadableError("it holds several streams")
-        size = file.seek(0, os.SEEK_END)
-        data_start = _data_start(file) if size > LARGEST_RIFF else 0
+        sizes = _data_sizes(file)
         file.seek(0)
         try:
             # libsndfile reads a file faster by its path.
@@ -451,7 +464,7 @@ class _LibsndfileDecoder:
             raise _UnreadableError(getattr(error, "error_string", str(error))) from error
         self.rate, self.channels = self.file.samplerate, self.file.channels
         self.problem, self.present = None, self.file.frames
-        self.frames = self._announced(size - data_start)
+        self.frames = self._announced(sizes)
         if self.frames is None:
             self.close()
             raise _UnreadableError("its header tells no length")
@@ -459,34 +472,31 @@ class _LibsndfileDecoder:
     def close(self):
         self.file.close()
 
-    def _announced(self, data_size: int) -> int | None:
-        """The length that the header tells, None where it is open or only an estimate.
-
-        Args:
-            data_size: bytes from the first sample to the end of the file, of a file above 4 GiB.
-        """
+    def _announced(self, sizes: tuple[int, int] | None) -> int | None:
+        """The length that the header tells, None where it is open or only an estimate; `sizes` as of `_data_sizes`."""
         frames = self.file.frames
         if frames == 0 or frames > MOST_SAMPLES or "MPEG" in self.file.subtype:
             return None
         log = self.file.extra_info
+        if self.file.format in ("WAV", "WAVEX") and sizes is None:
+            return None
         # libsndfile shortens a truncated file to what is there, and tells so in its log alone.
         if cut := re.search(r"(?:data|SSND|BODY|Data Size)\s*: (\d+) \(should be (\d+)\)", log):
             told, there = int(cut[1]), int(cut[2])
-            if told in OPEN_ENDS or told >= OPEN_END:
-                return frames
             frames = frames * told // there
         elif self.file.format == "RF64" and (told := re.search(r"Frames\s*: (\d+)", log)):
             frames = max(frames, int(told[1]))
+        elif self.file.format == "W64" and (cut := re.search(r"riff : (\d+) \(should be (\d+)\)", log)):
+            frames = frames * int(cut[1]) // int(cut[2])
         if frames > self.present + MISSING_SECONDS * self.rate:
             self.problem = _truncated(frames / self.rate)
-        is_riff = self.file.format in ("WAV", "WAVEX")
-        if data_size > LARGEST_RIFF and is_riff and (data := re.search(r"^data : (\d+)$", log, re.MULTILINE)):
-            told = int(data[1])  # The size field has wrapped round.
+        if sizes and self.file.format in ("WAV", "WAVEX") and sizes[1] > LARGEST_RIFF:
+            told, there = sizes  # The size field has wrapped round.
             self.problem = (
-                f"its header tells {frames / self.rate:.2f} s, but {data_size - told} bytes follow, as in a WAV file "
-                "above 4 GiB; convert it to RF64 or W64"
+                f"its header tells {frames / self.rate:.2f} s, but {there - told} bytes follow, as in a WAV file above "
+                "4 GiB; convert it to RF64 or W64"
             )
-            frames = frames * data_size // told
+            frames = frames * there // told
         return frames
 
     def measure(self) -> float:
@@ -499,11 +509,12 @@ class _LibsndfileDecoder:
         if stop > self.present + tolerance:
             raise ValueError(self.problem)
         try:
-            place = self.file.seek(first)
+            # Some codecs, such as GSM, can only be decoded from the start.
+            place = self.file.seek(first) if self.file.seekable() else 0
             size = max(1, BLOCK_SAMPLES // self.channels)
             while place < stop and len(block := self.file.read(min(size, stop - place), "float32", always_2d=True)):
-                place += len(block)
-                yield block
+                begin, place = place, place + len(block)
+                yield block[max(0, first - begin) :]
         except self.error as error:  # The reason differs from place to place of one damage.
             told = f"the {self.frames / self.rate:.2f} s that its header tells"
             raise ValueError(f"truncated or damaged: not all of {told} can be decoded") from error
@@ -526,10 +537,30 @@ def _is_chained(file: BinaryIO) -> bool:
     return end[end.rfind(b"OggS") :][14:18] != first[14:18]  # This is the number of the stream.
 
 
-def _data_start(file: BinaryIO) -> int:
-    """Where the samples of a WAV file begin."""
+def _data_sizes(file: BinaryIO) -> tuple[int, int] | None:
+    """The bytes of samples that the header of a WAV, RF64, BW64 or CAF file tells, and those that are there.
+
+    None for other files, and where the header leaves the end open.
+    """
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    return file.read(1 << 16).find(b"data") + 8
+    kind, large = file.read(4), None
+    order, place, width = ("big", 8, 8) if kind == b"caff" else ("big" if kind == b"RIFX" else "little", 12, 4)
+    if kind not in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"caff"):
+        return None
+    while place < size:
+        file.seek(place)
+        name, told = file.read(4), int.from_bytes(file.read(width), order)
+        place += 4 + width
+        if name == b"ds64":  # The sizes of files above 4 GiB: of all, and of the samples.
+            large = int.from_bytes(file.read(16)[8:], "little")
+        elif name == b"data":
+            if large is not None and told == 0xFFFFFFFF:
+                told = large
+            is_open = told == 2**64 - 1 if kind == b"caff" else told in OPEN_SIZES
+            return None if is_open else (told, size - place)
+        place += told + (told % 2 if width == 4 else 0)
+    return None
 
 
 class _FFmpegDecoder:
@@ -542,11 +573,12 @@ class _FFmpegDecoder:
 
     def __init__(self, file: BinaryIO):
         self.av = _library("av")
+        self.errors = (self.av.FFmpegError, LookupError, ValueError)  # PyAV raises the others for damaged files.
         file.seek(0)
         # An open file with a list of formats and without protocols keeps FFmpeg from opening anything else.
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
         try:
-            self.container = self.av.open(file, options=options, metadata_errors="replace")
+            self.container = self.av.open(file, mode="r", options=options, metadata_errors="replace")
         except self.av.FFmpegError as error:
             raise _UnreadableError(f"no format of sound that FFmpeg knows ({_reason(error)})") from error
         try:
@@ -556,14 +588,16 @@ class _FFmpegDecoder:
             if self.stream.codec_context is None:
                 raise _UnreadableError("its codec is unknown to FFmpeg")
             self.format, self.codec = self.container.format.name, self.stream.codec_context.name
-            self.told_seconds = self._told_seconds(file)
+            place = file.tell()
+            self.sizes, self.told_seconds = _data_sizes(file), self._told_seconds(file)
+            file.seek(place)
             self.problem, self.damaged = None, 0
             self.decoded = self._decode()
             # The first frame tells the rate, which headers may tell wrongly, and where times are counted from.
             self.first_frame = next(self.decoded, None)
             if self.first_frame is None:
                 raise _UnreadableError("no sound in it could be decoded")
-        except (ValueError, self.av.FFmpegError) as error:
+        except self.errors as error:
             self.close()
             raise _UnreadableError(_reason(error)) from error
         self.rate, self.channels = self.first_frame.sample_rate, self.first_frame.layout.nb_channels
@@ -581,13 +615,13 @@ class _FFmpegDecoder:
         if self.stream.duration is None:
             return None
         seconds = float(self.stream.duration * self.stream.time_base)
+        if self.format == "ogg" and self.codec == "flac":
+            return _seconds_of_flac_in_ogg(file)
         if self.format != "mp3":
             return seconds if self.format in EXACT_LENGTHS else None
         # The first frame of an MP3 file may tell the number of the others, behind one of two words and four bytes.
-        place = file.tell()
         file.seek(_behind_tag(file))
         table = re.search(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f](....)", file.read(1 << 9), re.DOTALL)
-        file.seek(place)
         rate = self.stream.codec_context.sample_rate
         told = int.from_bytes(table[1], "big") * (1152 if rate >= 32000 else 576) / rate if table else math.inf
         # FFmpeg takes the encoder's padding off; of files that were joined it estimates the length.
@@ -597,16 +631,20 @@ class _FFmpegDecoder:
         """The length in seconds, to be asked before anything else is decoded."""
         if self.told_seconds:
             return self.told_seconds
-        seconds = [self.first_frame.samples / self.rate]
+        seconds, end = [self.first_frame.samples / self.rate], 0.0
         try:
             for packet in self.container.demux(self.stream):
                 if packet.duration:
                     seconds.append(float(packet.duration * packet.time_base))
+                    if packet.pts is not None:
+                        begin = packet.pts - (self.first_frame.pts or 0)
+                        end = max(end, float((begin + packet.duration) * packet.time_base))
                 else:
                     seconds += (frame.samples / self.rate for frame in packet.decode())
-        except self.av.FFmpegError as error:
+        except self.errors as error:
             raise ValueError(f"damaged: {_reason(error)}") from error
-        return math.fsum(seconds)
+        # Durations may be rounded down, and times begin again in files that were joined.
+        return max(math.fsum(seconds), end)
 
     def blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
         """Float32 samples (n, C) from `first` on, until `stop` or the end. To be asked for once."""
@@ -617,8 +655,9 @@ class _FFmpegDecoder:
                 place, frame = next(frames)
             except StopIteration:
                 break
-            except (ValueError, self.av.FFmpegError) as error:  # What was decoded before comes first.
-                failure = ValueError(f"damaged: {_reason(error)}")
+            except self.errors as error:  # What was decoded before comes first; tags behind the end do not matter.
+                if not (self.told_seconds and end / self.rate >= self.told_seconds):
+                    failure = ValueError(f"damaged: {_reason(error)}")
                 break
             if frame.sample_rate != self.rate:
                 failure = ValueError(
@@ -636,6 +675,10 @@ class _FFmpegDecoder:
             yield np.concatenate(pieces, axis=1).T
         if failure is not None:
             raise failure
+        if self.sizes and end < stop:
+            told, there = self.sizes
+            if end / self.rate * (told - there) > MISSING_SECONDS * there:
+                raise ValueError(f"truncated: {told - there} of {told} bytes are missing")
         if self.told_seconds and end / self.rate < min(self.told_seconds, stop / self.rate) - MISSING_SECONDS:
             self.problem = _truncated(self.told_seconds)
             if self.format != "mp3":
@@ -645,7 +688,9 @@ class _FFmpegDecoder:
         """Frames and the numbers of their first samples, from the one that has the sample `first` or an earlier one."""
         frames, place = itertools.chain([self.first_frame], self.decoded), 0
         begin, origin = first / self.rate - SETTLING_SECONDS, self.first_frame.pts
-        if begin > 0 and origin is not None and self.format in EXACT_TIMES and self.codec in SETTLING:
+        # MP3 files that were joined have more packets than times.
+        is_exact = self.format in EXACT_TIMES and (self.format != "mp3" or self.told_seconds is not None)
+        if begin > 0 and origin is not None and is_exact and self.codec in SETTLING:
             time = origin + int(begin / self.stream.time_base)
             if self.format in SEEKABLE:
                 self.container.seek(time, stream=self.stream)
@@ -678,6 +723,15 @@ class _FFmpegDecoder:
                 continue
             number += len(frames)
             yield from frames
+
+
+def _seconds_of_flac_in_ogg(file: BinaryIO) -> float | None:
+    """The length that the header tells, None if it tells none; FFmpeg takes it from the last page that is there."""
+    file.seek(0)
+    head = file.read(1 << 9)
+    about = head[head.find(b"\x7fFLAC") + 17 :]  # behind the names of the format and the head of the block STREAMINFO
+    rate, samples = int.from_bytes(about[10:13], "big") >> 4, int.from_bytes(about[13:18], "big") % 2**36
+    return samples / rate if rate and samples else None
 
 
 def _reason(error: Exception) -> str:
