@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml
 	@echo "Installing torch and the rest into $(VENV): a few minutes, about 7 GB ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --editable ".[dev]" "$(TRANSFORMERS)" $(TORCH)
 	touch $@
 
 .PHONY: demo test fast matrix bench lint

@@ -59,6 +59,8 @@ EXACT_TIMES = {*SEEKABLE, "aac", "mp3"}
 # From SETTLING_SECONDS behind any packet on, these decode the same samples as from the file's start.
 SETTLING = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "tta", "vorbis", "wavpack"}
 SETTLING_SECONDS = 1.0
+# In these, times that run ahead of the samples tell that some are missing.
+TIMED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "ogg"}
 MP3_PADDING = 0.2  # seconds, more than encoders of MP3 add
 MOST_DAMAGED = 16  # a raw stream may have so many pieces that cannot be decoded more than it has others
 
@@ -209,6 +211,8 @@ class Sound:
                         is_empty = False
                         yield part
                 self.problem = self._decoder.problem
+                if remark := self._decoder.remark:
+                    logger.warning_once(f"{self.name}: {remark}.")
                 if is_empty:
                     raise ValueError(
                         f"it holds nothing from {start} s on" + ("" if duration is None else f" for {duration} s")
@@ -450,6 +454,8 @@ class _LibsndfileDecoder:
     `frames` is the length that the header tells, `present` how much of that can be there, and `problem` why it is less.
     """
 
+    remark = None
+
     def __init__(self, file: BinaryIO, path: str | None = None):
         soundfile = _library("soundfile")
         self.error = soundfile.LibsndfileError
@@ -591,7 +597,7 @@ class _FFmpegDecoder:
             place = file.tell()
             self.sizes, self.told_seconds = _data_sizes(file), self._told_seconds(file)
             file.seek(place)
-            self.problem, self.damaged = None, 0
+            self.problem, self.damaged, self.gap = None, 0, 0.0
             self.decoded = self._decode()
             # The first frame tells the rate, which headers may tell wrongly, and where times are counted from.
             self.first_frame = next(self.decoded, None)
@@ -606,6 +612,15 @@ class _FFmpegDecoder:
         self.container.close()
 
     @property
+    def remark(self) -> str | None:
+        """What was noticed while it was decoded, and is no reason to refuse it."""
+        if self.damaged:
+            return f"{self.damaged} pieces of it could not be decoded, and were passed over"
+        if self.gap:
+            return f"it is damaged or was not recorded throughout: {self.gap:.2f} s are missing between its packets"
+        return None
+
+    @property
     def estimated_seconds(self) -> float | None:
         of_all = self.container.duration  # in microseconds
         return self.told_seconds or (of_all / 1e6 if of_all and of_all > 0 else None)
@@ -615,8 +630,6 @@ class _FFmpegDecoder:
         if self.stream.duration is None:
             return None
         seconds = float(self.stream.duration * self.stream.time_base)
-        if self.format == "ogg" and self.codec == "flac":
-            return _seconds_of_flac_in_ogg(file)
         if self.format != "mp3":
             return seconds if self.format in EXACT_LENGTHS else None
         # The first frame of an MP3 file may tell the number of the others, behind one of two words and four bytes.
@@ -705,6 +718,9 @@ class _FFmpegDecoder:
             place = round((frame.pts - origin) * self.stream.time_base * self.rate)
             frames = itertools.chain([frame], frames)
         for frame in frames:
+            if self.format in TIMED and origin is not None and frame.pts is not None:
+                ahead = float((frame.pts - origin) * self.stream.time_base) - place / self.rate
+                self.gap = max(self.gap, ahead) if ahead > MISSING_SECONDS else self.gap
             yield place, frame
             place += frame.samples
 
@@ -723,15 +739,6 @@ class _FFmpegDecoder:
                 continue
             number += len(frames)
             yield from frames
-
-
-def _seconds_of_flac_in_ogg(file: BinaryIO) -> float | None:
-    """The length that the header tells, None if it tells none; FFmpeg takes it from the last page that is there."""
-    file.seek(0)
-    head = file.read(1 << 9)
-    about = head[head.find(b"\x7fFLAC") + 17 :]  # behind the names of the format and the head of the block STREAMINFO
-    rate, samples = int.from_bytes(about[10:13], "big") >> 4, int.from_bytes(about[13:18], "big") % 2**36
-    return samples / rate if rate and samples else None
 
 
 def _reason(error: Exception) -> str:
