@@ -15,7 +15,6 @@ from bat_audio_tools import embed as embed_module
 from bat_audio_tools.embedding import windows
 from bat_audio_tools.embedding.windows import BrokenRecordingError
 from bat_audio_tools.settings import EmbedSettings
-from bat_audio_tools.sounds import reading
 
 ray = pytest.importorskip("ray")
 embed_ray = pytest.importorskip("bat_audio_tools.embedding.cluster")
@@ -75,7 +74,7 @@ def test_a_recording_that_kills_its_process_is_listed(many, local, checkpoint, t
                     os.kill(os.getpid(), signal.SIGKILL)
                 return load_audio(source, *arguments)
 
-            load_audio, reading.load_audio = reading.load_audio, load
+            load_audio, windows.load_audio = windows.load_audio, load
             super().__init__(*arguments)
 
     monkeypatch.setattr(embed_ray, "UnitEmbedder", Killing)
@@ -118,6 +117,7 @@ def test_a_broken_recording_stops_a_strict_run(many, checkpoint, tmp_path):
 def test_goes_on_where_the_other_engine_stopped(many, local, checkpoint, tmp_path):
     options = {"engine": "ray", "cpus_per_actor": torch.get_num_threads(), **OPTIONS}
     shutil.copytree(local, tmp_path / "out")
+    shutil.copytree(f"{local}.run", tmp_path / "out.run")
     for unit in (0, 3, 7):
         (tmp_path / "out" / "embeddings" / f"part-{unit:05d}.parquet").unlink()
     with pytest.raises(ValueError, match=r"settings\.pool was 'cls\+mean' and is 'cls'"):
