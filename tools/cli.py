@@ -7,7 +7,6 @@ Help, completion and errors of usage come at once: torch, Transformers and what 
 import atexit
 import contextlib
 import functools
-import gc
 import importlib.metadata
 import inspect
 import json
@@ -31,6 +30,7 @@ from bat_audio_tools.settings import (
     check_part,
 )
 
+INTERRUPTED = 130  # the exit status after Ctrl-C
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 WRONG_FILES = (FileNotFoundError, FileExistsError)
 WRONG_INPUTS = (ValueError, *WRONG_FILES)
@@ -98,7 +98,7 @@ def command(function: Callable, usage_errors: tuple[type[Exception], ...], goes_
         except KeyboardInterrupt as interrupt:
             resumed = f"; the same command goes on from {goes_on_from}" if goes_on_from else ""
             typer.echo(f"interrupted{resumed}", err=True)
-            raise typer.Exit(130) from interrupt
+            raise typer.Exit(INTERRUPTED) from interrupt
 
     signature = inspect.signature(function)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
@@ -449,9 +449,19 @@ def run():
     # Transformers imports torchao wherever it is installed, for a second and with two warnings that nobody can mend. No
     # command uses it, so it counts as not installed in this process.
     sys.modules.setdefault("torchao", None)
-    # At its end Python looks through all objects for circles, which takes seconds with torch and Transformers.
-    atexit.register(gc.freeze)
-    app(prog_name="bat-audio")
+    try:
+        app(prog_name="bat-audio")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            atexit.register(end_at_once)
+        raise
+
+
+def end_at_once():
+    """Leave out that Python looks through all objects at its end, which takes seconds with torch and Transformers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
