@@ -61,6 +61,7 @@ SETTLING = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "tta", "vorbis", "
 SETTLING_SECONDS = 1.0
 # In these, times that run ahead of the samples tell that some are missing.
 TIMED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "ogg"}
+MOST_CHUNKS = 1000  # a file has fewer tags and chunks before its samples; zeros could pass for millions of empty ones
 MP3_PADDING = 0.2  # seconds, more than encoders of MP3 add
 MOST_DAMAGED = 16  # a raw stream may have so many pieces that cannot be decoded more than it has others
 
@@ -75,7 +76,7 @@ def load_audio(
     """Read a sound file of any format as mono float32 samples, in -1..1 for most files: (samples,).
 
     Resampled by soxr HQ as in BAT's training. Files that miss more than 0.1 s of what their header tells are refused,
-    except for parts that are there; an MP3 file without its length in its header gives a warning instead.
+    except for parts that are there; a truncated MP3 file gives a warning instead.
 
     Args:
         source: path, the bytes of a file, or a binary file object, which is read from its start.
@@ -173,8 +174,7 @@ class Sound:
         """The samples of `load_audio` in blocks (samples,) as they are decoded. To be asked for once.
 
         Raises:
-            ValueError: as of `load_audio`, as soon as the sound cannot be read on; there is at least one sample before
-                the end.
+            ValueError: as of `load_audio`, as soon as the sound cannot be read on, or where there is none.
         """
         if not (0 <= start < math.inf and (duration is None or 0 < duration < math.inf)):
             raise ValueError(
@@ -378,13 +378,14 @@ def _open_file(source, name: str, stack: contextlib.ExitStack) -> BinaryIO:
 def _behind_tag(file: BinaryIO) -> int:
     """Where the file begins behind ID3 tags, which some programs write before any format."""
     begin = 0
-    while True:
+    for _ in range(MOST_CHUNKS):
         file.seek(begin)
         head = file.read(10)
         if not head.startswith(b"ID3") or len(head) < 10:
-            return begin
+            break
         has_footer = bool(head[5] & 0x10)
         begin += 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)) + 10 * has_footer
+    return begin
 
 
 class _Rest(io.RawIOBase):
@@ -554,7 +555,9 @@ def _data_sizes(file: BinaryIO) -> tuple[int, int] | None:
     order, place, width = ("big", 8, 8) if kind == b"caff" else ("big" if kind == b"RIFX" else "little", 12, 4)
     if kind not in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"caff"):
         return None
-    while place < size:
+    for _ in range(MOST_CHUNKS):
+        if place >= size:
+            break
         file.seek(place)
         name, told = file.read(4), int.from_bytes(file.read(width), order)
         place += 4 + width

@@ -283,6 +283,23 @@ def test_tags_and_sizes_that_are_a_little_wrong():
     np.testing.assert_array_equal(load_audio(id3() + mp3), load_audio(mp3))
 
 
+@pytest.mark.parametrize("head", [b"RIFF\x00\x00\x00\x00WAVE", b"caff\x00\x01\x00\x00", b"ID3\x03\x00\x00" + bytes(4)])
+def test_zeros_are_no_chunks_to_be_counted(head):
+    """A file whose fetching was broken off may hold gigabytes of them."""
+
+    class Counting(io.BytesIO):
+        reads = 0
+
+        def read(self, *size):
+            Counting.reads += 1
+            return super().read(*size)
+
+    file = Counting(head * 200_000 if head.startswith(b"ID3") else head + bytes(2_000_000))
+    audio_bat._data_sizes(file)
+    audio_bat._behind_tag(file)
+    assert Counting.reads < 4000
+
+
 def test_mp3_inside_wav_is_read_to_the_last_sample():
     content = encode(chirp(5.4, 44100), "wav", "libmp3lame", 44100)
     for odd in (content, content + bytes(1)):
