@@ -31,6 +31,7 @@ from bat_audio.pipeline_bat import BatFeatureExtractionPipeline
 from bat_audio_tools import similar
 from bat_audio_tools.embedding import windows
 from bat_audio_tools.settings import EmbedSettings, FinetuneSettings, PretrainSettings
+from bat_audio_tools.sounds import manifests
 from bat_audio_tools.sounds.listing import list_inputs
 from bat_audio_tools.sounds.reading import Input
 from bat_audio_tools.training import masked_clips
@@ -563,6 +564,12 @@ def test_seconds_that_a_header_claims_take_no_memory(seconds):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 32 << 20
+
+
+def test_the_two_lists_of_containers_agree():
+    """One decides without torch which files are listed, the other which are read."""
+    other_names_of_mov = {"mp4", "m4a", "3gp", "3g2", "mj2"}
+    assert set(audio_bat.CONTAINERS.split(",")) - other_names_of_mov <= set(manifests.CONTAINERS.split())
 
 
 def test_text_is_called_text(tmp_path):

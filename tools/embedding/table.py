@@ -7,7 +7,7 @@
     TABLE.run/lock                        keeps other runs out, in a local folder
 
 TABLE holds nothing but rows, because polars reads every file in a folder, whatever its name, and others do nearly the
-same. Version 0.6.0 had the files of TABLE.run in TABLE itself, and a table that was begun so goes on so.
+same. Version 0.6.0 had the files of TABLE.run in TABLE itself, where they are still found.
 
 A unit is done when its shard is there. Every file appears at once and whole, under its name; until then it is a hidden
 file in the folder. So the shards are the journal: whenever a run is killed, those that are there tell what is done.
